@@ -376,6 +376,7 @@ def main() -> None:
         sys.exit(1)
     except Interrupted as stop:
         say(f"{stop}; the same command continues")
+        leave_group()
         sys.exit(STOPPED)
     if is_main():
         print(json.dumps(result))

@@ -315,15 +315,17 @@ def test_a_killed_rank_ends_the_job_and_the_next_one_continues(home):
     assert_same_records(home / "killed", home / "plain", rel=1e-10)
 
 
-def in_bf16(home):
+def in_bf16(home, tensor, rel):
     """A step whose blocks are gathered in bf16 is one of autocast, with gradients in fp32."""
     # On a CPU autocast widens no LayerNorm, so that its gains could not be bf16 beside fp32.
-    made = built(home, {"precision": "fp32", "model": {"norm": "rmsnorm"}})
+    changes = {"precision": "fp32", "model": {"norm": "rmsnorm"}, "parallel": {"tensor": tensor}}
+    made = built(home, changes)
     losses, grads, seen = [], [], []
     for grid, half in ((made.grid, True), (Grid(), False)):
         with torch.device("meta"):
             model = GPT(made.config.model)
-        parallelize(model, ParallelConfig(checkpointing="none"), grid, half)
+        how = ParallelConfig(checkpointing="none", tensor=tensor if half else 1)
+        parallelize(model, how, grid, half)
         materialize(model, made.device)
         init_weights(model, made.table)
         attention = model.blocks[0].attn
@@ -333,17 +335,22 @@ def in_bf16(home):
             loss = model(tokens, targets).mean()
         loss.backward()
         losses.append(float(loss.detach()))
-        grads.append([p.grad for p in model.parameters()])
-    assert losses[0] == losses[1] and seen == [torch.bfloat16, torch.float32]
-    for sharded, plain in zip(*grads, strict=True):
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert losses[0] == pytest.approx(losses[1], rel=rel)
+    assert seen == [torch.bfloat16, torch.float32]
+    for name, plain in grads[1].items():
+        sharded = grads[0][name]
         dist.all_reduce(plain)
         assert sharded.dtype == torch.float32
-        whole, mean = sharded.full_tensor(), plain / 2
-        assert torch.linalg.vector_norm(whole - mean) < 0.02 * torch.linalg.vector_norm(mean)
+        whole, mean = sharded.full_tensor(), plain / dist.get_world_size()
+        error, size = (float(torch.linalg.vector_norm(t)) for t in (whole - mean, mean))
+        # Keys' biases have no gradient (softmax does not see them) but rounding.
+        assert error < 0.02 * size + 1e-3, name
 
 
 def test_bf16_is_gathered_for_compute_and_reduced_in_fp32(home):
-    launch(2, in_bf16, home)
+    launch(2, in_bf16, home, 1, 0.0)
+    launch(2, in_bf16, home, 2, 1e-3)
 
 
 @pytest.mark.parametrize(
