@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check slow
+.PHONY: demo test check slow bench
 
 demo: $(VENV)/.ready
 	$(BIN)/mupgpt demo
@@ -19,6 +19,9 @@ test: $(VENV)/.ready
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow tests
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/speed.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
