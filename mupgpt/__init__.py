@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mupgpt.adequacy import ProxyCheck as ProxyCheck, check_proxy as check_proxy
     from mupgpt.config import (
         Base as Base,
         DataConfig as DataConfig,
@@ -39,17 +40,21 @@ if TYPE_CHECKING:
         train_config as train_config,
     )
     from mupgpt.rules import RULES as RULES, Rule as Rule
+    from mupgpt.rungs import RungPlan as RungPlan, plan_rungs as plan_rungs
     from mupgpt.table import ParamTable as ParamTable, parametrize as parametrize
     from mupgpt.trainer import Trainer as Trainer
     from mupgpt.training import evaluate as evaluate, train_step as train_step
     from mupgpt.transfer import TransferPlan as TransferPlan, Tuned as Tuned, transfer as transfer
     from mupgpt.tuning.best import best_hparams as best_hparams
+    from mupgpt.tuning.imports import import_sweep as import_sweep
+    from mupgpt.tuning.rungs import judge_rungs as judge_rungs, run_rungs as run_rungs
     from mupgpt.tuning.run import run_sweep as run_sweep
     from mupgpt.tuning.space import SearchSpace as SearchSpace
     from mupgpt.tuning.spec import SweepSpec as SweepSpec, load_spec as load_spec
     from mupgpt.tuning.verdict import judge as judge, judge_sweep as judge_sweep
 
 _HOME = {
+    "adequacy": "ProxyCheck check_proxy",
     "config": "Base DataConfig GPTConfig HParams Schedule TrackingConfig TrainConfig",
     "coord_check": "coord_check",
     "data": "load_corpus",
@@ -66,11 +71,14 @@ _HOME = {
     "population": "Population",
     "presets": "PRESETS model_card train_config",
     "rules": "RULES Rule",
+    "rungs": "RungPlan plan_rungs",
     "table": "ParamTable parametrize",
     "trainer": "Trainer",
     "training": "evaluate train_step",
     "transfer": "TransferPlan Tuned transfer",
     "tuning.best": "best_hparams",
+    "tuning.imports": "import_sweep",
+    "tuning.rungs": "judge_rungs run_rungs",
     "tuning.run": "run_sweep",
     "tuning.space": "SearchSpace",
     "tuning.spec": "SweepSpec load_spec",

@@ -46,9 +46,10 @@ def fails(capsys, *argv):
     return said[-1]
 
 
-VERBS = ["", "presets", "table", "plan", "ls", "cp", "train", "train proxy-32", "generate",
-         "verdict", "transfer", "demo", "sweep", "sweep run", "sweep status", "sweep best", "data",
-         "data prepare"]  # fmt: skip
+VERBS = ["", "presets", "table", "plan", "ls", "cp", "train", "train proxy-32", "launch",
+         "generate", "verdict", "transfer", "coord-check", "check-proxy", "rungs", "branch", "fit",
+         "propose", "demo", "sweep", "sweep run", "sweep import", "sweep status", "sweep best",
+         "data", "data prepare"]  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -156,7 +157,7 @@ def test_the_whole_job(capsys, tmp_path):
     result = json.loads(out(capsys, "train", "target.toml", "--tracking.wandb", "off"))
     assert result["step"] == 8 and math.isfinite(result["val/bpb"])
     assert (tmp_path / "runs" / "target" / "metrics.jsonl").is_file()
-    said = out(capsys, "generate", "runs/target", "--prompt", "line 1", "--max_tokens", "5")
+    said = out(capsys, "generate", "runs/target", "--prompt", "line 1", "--max-tokens", "5")
     assert said.startswith("line 1")
 
 

@@ -34,5 +34,4 @@ def parse(argv: list[str]) -> int | None:
         prog="mupgpt",
         description="Tune on tiny proxies, transfer to 13B, and check that it holds.",
         args=argv or ["--help"],
-        use_underscores=True,
     )
