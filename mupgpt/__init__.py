@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from mupgpt.transfer import TransferPlan as TransferPlan, Tuned as Tuned, transfer as transfer
     from mupgpt.tuning.best import best_hparams as best_hparams
     from mupgpt.tuning.imports import import_sweep as import_sweep
-    from mupgpt.tuning.rungs import judge_rungs as judge_rungs, run_rungs as run_rungs
     from mupgpt.tuning.run import run_sweep as run_sweep
+    from mupgpt.tuning.rungs import judge_rungs as judge_rungs, run_rungs as run_rungs
     from mupgpt.tuning.space import SearchSpace as SearchSpace
     from mupgpt.tuning.spec import SweepSpec as SweepSpec, load_spec as load_spec
     from mupgpt.tuning.verdict import judge as judge, judge_sweep as judge_sweep

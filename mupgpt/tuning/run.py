@@ -61,10 +61,14 @@ def _show(sweep: Sweep, progress: Progress) -> bool:
     """Update the progress line; False, so that it can stand where a worker may be stopped."""
     counts = sweep.counts()
     done = sum(counts[s] for s in DONE)
-    total = done + counts[TrialState.RUNNING] + counts[TrialState.WAITING]
+    total = done + counts[TrialState.RUNNING] + _to_begin(sweep)
     pruned = f", {counts[TrialState.PRUNED]} stopped early" if counts[TrialState.PRUNED] else ""
     progress.update(done, total, f"trials{pruned}")
     return False
+
+
+def _to_begin(sweep: Sweep) -> int:
+    return sum(sweep.to_begin(cell) for cell in sweep.spec.cells)
 
 
 def _spawn(sweep: Sweep, workers: int) -> None:
@@ -86,12 +90,12 @@ def _spawn(sweep: Sweep, workers: int) -> None:
         ]
         _watch(sweep, children)
     failed = [i for i, child in enumerate(children) if child.returncode]
-    left = sweep.counts()[TrialState.WAITING]
+    left = _to_begin(sweep)
     if failed and left:
         first = failed[0]
         raise RuntimeError(
             f"{len(failed)} of {workers} workers failed (exit {children[first].returncode}; "
-            f"{logs[first]} says why); {left} trials are left in the queue: the same command "
+            f"{logs[first]} says why); {left} trials are left: the same command "
             "continues"
         )
 

@@ -13,11 +13,20 @@ from typing import Any
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from sqlalchemy import event
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from mupgpt.plain import ConfigError
 
-__all__ = ["MAX_RETRY", "MISSED_BEATS", "PatientStorage", "default_url", "open_storage", "quiet"]
+__all__ = [
+    "MAX_RETRY",
+    "MISSED_BEATS",
+    "PatientStorage",
+    "default_url",
+    "open_storage",
+    "quiet",
+    "study_attrs",
+]
 
 MAX_RETRY = 2  # times that a trial is queued again after its worker died
 MISSED_BEATS = 6  # so many heartbeats late, a trial is given to another worker
@@ -70,7 +79,9 @@ class PatientStorage(RDBStorage):
     """Optuna's database storage whose calls outlast a minute without the database."""
 
 
-for _name in (*BaseStorage.__abstractmethods__, "record_heartbeat", "_get_stale_trial_ids"):
+_BEHIND_THE_CACHE = ("_create_new_trial", "_get_best_trial_id", "_get_stale_trial_ids",
+                     "_get_trials", "_set_trial_param", "record_heartbeat")  # fmt: skip
+for _name in (*BaseStorage.__abstractmethods__, *_BEHIND_THE_CACHE):
     setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
 
 
@@ -97,15 +108,35 @@ def open_storage(url: str, heartbeat: int = 10) -> BaseStorage:
                 database.execute("PRAGMA journal_mode=WAL")
             database.close()
         with quiet():
-            return PatientStorage(
+            storage = PatientStorage(
                 url,
                 engine_kwargs=options,
                 heartbeat_interval=heartbeat,
                 grace_period=MISSED_BEATS * heartbeat,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRY),
             )
+        if sqlite:
+            event.listen(storage.engine, "connect", _no_waiting_for_the_disk)
+            storage.engine.dispose()
+        return storage
     except Exception as error:
         raise ConfigError(f"cannot open storage {url!r}: {_reason(error)}") from error
+
+
+def _no_waiting_for_the_disk(connection: sqlite3.Connection, _record: Any) -> None:
+    """A commit outlives the process at once, a power failure within moments (WAL stays whole)."""
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def study_attrs(url: str) -> list[dict[str, Any]]:
+    """The user attributes of every study in a storage; no connection to it stays open."""
+    storage = open_storage(url)
+    try:
+        return [study.user_attrs for study in storage.get_all_studies()]
+    finally:
+        if isinstance(storage, RDBStorage):
+            storage.remove_session()
+            storage.engine.dispose()
 
 
 def _reason(error: Exception) -> str:

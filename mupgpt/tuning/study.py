@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage
+from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, get_storage
 from optuna.trial import FrozenTrial, TrialState
 
 from mupgpt.data import load_corpus
 from mupgpt.plain import ConfigError
 from mupgpt.training import compute, pick_device
+from mupgpt.tuning.carbs import CarbsSampler
 from mupgpt.tuning.spec import Cell, StudyConfig, SweepSpec, parse_spec
-from mupgpt.tuning.storage import default_url, open_storage, quiet
+from mupgpt.tuning.storage import default_url, open_storage, quiet, study_attrs
 
 __all__ = ["Sweep", "finished", "make_sampler", "penalized", "trials_of"]
 
@@ -58,11 +59,9 @@ class Sweep:
         path = Path(url.partition(":///")[2] or url.partition(":")[2])
         if url.startswith(("sqlite", "journal:")) and not path.is_file():
             raise ConfigError(f"no sweep {name!r}: there is no file {path}")
-        storage = open_storage(url)
-        for study in storage.get_all_studies():
-            if (raw := study.user_attrs.get("spec")) and (
-                raw["name"] in (name, folder.name) or len(storage.get_all_studies()) == 1
-            ):
+        specs = [attrs["spec"] for attrs in study_attrs(url) if "spec" in attrs]
+        for raw in specs:
+            if raw["name"] in (name, folder.name) or len(specs) == 1:
                 return cls(parse_spec(raw, url), url)
         raise ConfigError(f"no sweep {name!r} in {url}; `optuna studies` lists what it holds")
 
@@ -72,9 +71,14 @@ class Sweep:
         return RUNS / "sweeps" / self.spec.name
 
     @cached_property
-    def storage(self) -> BaseStorage:
-        """Optuna's storage, opened once per process."""
+    def backend(self) -> BaseStorage:
+        """The storage itself, opened once per process; heartbeats go there."""
         return open_storage(self.url, self.spec.study.heartbeat)
+
+    @cached_property
+    def storage(self) -> BaseStorage:
+        """The storage behind Optuna's cache, which reads a finished trial only once."""
+        return get_storage(self.backend)
 
     def study(self, cell: Cell, salt: str = "") -> optuna.Study:
         """The study of ``cell``; a worker that asks gives its sampler a ``salt`` of its own."""
@@ -92,6 +96,14 @@ class Sweep:
             for trial in trials_of(self.storage, cell.name):
                 counts[trial.state] += 1
         return counts
+
+    def to_begin(self, cell: Cell) -> int:
+        """Trials of a study that wait for a worker: those queued, and what its budget lacks."""
+        trials = trials_of(self.storage, cell.name)
+        queued = sum(t.state == TrialState.WAITING for t in trials)
+        if self.spec.study.sampler == "grid":  # it queues its points itself
+            return queued
+        return queued + max(0, self.spec.study.trials - len(trials))
 
     def _create_study(self, cell: Cell, fingerprint: dict[str, Any]) -> None:
         study = optuna.create_study(
@@ -142,6 +154,11 @@ def make_sampler(config: StudyConfig, salt: str = "") -> BaseSampler:
     seed = zlib.crc32(f"{config.sampler_seed}/{salt}".encode())
     if config.sampler == "tpe":
         return TPESampler(seed=seed)
+    if config.sampler == "gp":
+        return GPSampler(seed=seed)
+    if config.sampler == "carbs":
+        # All trials share their seeds and data: to repeat one would only cost.
+        return CarbsSampler(seed=seed, resample_every=0)
     if config.sampler == "qmc":
         # One scrambled sequence for all workers: they share its index through the storage.
         with quiet():

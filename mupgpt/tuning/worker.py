@@ -1,8 +1,8 @@
 """A worker: an independent process that takes queued trials, trains them together, and tells.
 
-The queue is the budget: `fill` puts exactly the missing trials into the storage as WAITING, and a
-worker only takes what is queued, so no number of workers overshoots. A worker that dies leaves
-RUNNING trials without a heartbeat; the next worker that looks puts them back.
+A worker asks for what the budget lacks, counts again, and drops what it has too much, so no number
+of workers overshoots. What was begun and not finished is queued for the next one: by a worker that
+is stopped, or, when it died, by whoever misses its heartbeat.
 """
 
 import fcntl
@@ -48,20 +48,18 @@ log = logging.getLogger("mupgpt.worker")
 
 
 def fill(sweep: Sweep) -> None:
-    """Queue what each study lacks of its budget (for a grid: of its points)."""
+    """Queue what is known before anything is sampled: a grid's points, or the run as it stands.
+
+    That makes it the first trial: a sweep cannot end up worse than what it began with.
+    """
     for cell in sweep.spec.cells:
         study = sweep.study(cell)
         reclaim(sweep, study)
         if sweep.spec.study.sampler == "grid":
             for point in cell.search_space.grid(cell.center()):
                 study.enqueue_trial(point, user_attrs={"queued": True}, skip_if_exists=True)
-            continue
-        lacking = sweep.spec.study.trials - len(trials_of(sweep.storage, cell.name))
-        first = lacking == sweep.spec.study.trials
-        for i in range(lacking):
-            # The first trial is the run as it stands: the sweep cannot end up worse than that.
-            default = _default(sweep, cell) if first and i == 0 else {}
-            study.enqueue_trial(default, user_attrs={"queued": True})
+        elif not trials_of(sweep.storage, cell.name) and (default := _default(sweep, cell)):
+            study.enqueue_trial(default)
 
 
 def reclaim(sweep: Sweep, study: optuna.Study) -> None:
@@ -77,7 +75,7 @@ def reclaim(sweep: Sweep, study: optuna.Study) -> None:
             if deaths <= MAX_RETRY:
                 study.enqueue_trial(trial.params, user_attrs={"queued": True, "deaths": deaths})
             else:
-                log.warning("%s trial %d: %d workers died on it; it is left out of this run",
+                log.warning("%s trial %d: %d workers died on it; it is given up",
                             study.study_name, trial.number, deaths)  # fmt: skip
             with suppress(UpdateFinishedTrialError):  # another worker was quicker
                 sweep.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
@@ -170,7 +168,7 @@ def _work_cell(
             _take(sweep, study, cell, workers, trials)
             if not trials:
                 return sweep.spec.study.sampler == "grid" and _extend(sweep, study, cell)
-        with _heartbeat(sweep.storage, trials):
+        with _heartbeat(sweep.backend, trials):
             _train(sweep, study, cell, trials, stop)
     except BaseException:
         _give_back(study, [t for t in trials if _state(study, t) == TrialState.RUNNING])
@@ -181,20 +179,20 @@ def _work_cell(
 def _take(
     sweep: Sweep, study: optuna.Study, cell: Cell, workers: int, trials: list[optuna.Trial]
 ) -> None:
-    """Add queued trials for one population: a worker's share of the queue, as far as it fits.
+    """Add trials for one population: a worker's share of what is left, as far as it fits.
 
     Each is signed by a heartbeat, then by name: whatever dies in between can be told apart.
     """
     columns = max(1, COLUMN_TOKENS // cell.config().tokens_per_step)
     fits = max(1, columns // len(sweep.spec.study.seeds))
-    for _ in range(min(fits, -(-_queued(sweep, cell) // workers))):
+    for _ in range(min(fits, -(-sweep.to_begin(cell) // workers))):
         with quiet():
             trial = study.ask(cell.search_space.distributions)
         if _surplus(sweep, cell, trial):
             study.tell(trial, state=TrialState.FAIL)
             continue
         trials.append(trial)
-        _beat(sweep.storage, [trial])
+        _beat(sweep.backend, [trial])
         trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
 
 
@@ -213,16 +211,10 @@ def _turn(url: str) -> Iterator[None]:
         yield
 
 
-def _queued(sweep: Sweep, cell: Cell) -> int:
-    study_id = sweep.storage.get_study_id_from_name(cell.name)
-    waiting = (TrialState.WAITING,)
-    return len(sweep.storage.get_all_trials(study_id, deepcopy=False, states=waiting))
-
-
 def _surplus(sweep: Sweep, cell: Cell, trial: optuna.Trial) -> bool:
-    """Whether the trial is over budget: another worker took the last queued one between our look
-    and our ask, or two machines filled the queue at the same moment."""
-    if "queued" not in trial.user_attrs:
+    """Whether the trial is over budget: another worker began the last one between our look and our
+    ask (for a grid: took its last point, so that this one is none of them)."""
+    if sweep.spec.study.sampler == "grid" and "queued" not in trial.user_attrs:
         return True
     budget = sweep.spec.study.trials
     if trial.number < budget:  # then it is within it, and reading all trials can be spared
