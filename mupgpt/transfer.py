@@ -1,18 +1,21 @@
 """From tuned hyperparameters to the config of another size, saying what covers each difference.
 
 Width is covered by a µP rule. Depth, batch, context and horizon transfer in practice but not by
-theory (Yang et al. 2022, arXiv 2203.03466, Table 1 marks them as empirical). Vocabulary and corpus
-are covered by nothing and must be accepted aloud.
+theory (Yang et al. 2022, arXiv 2203.03466, Table 1 marks them as empirical); `mupgpt.choices` has
+what may be done about them. Vocabulary and corpus are covered by nothing: they must be accepted
+aloud.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from mupgpt.config import Prediction, Schedule, TrainConfig
-from mupgpt.layout import count_kept, count_params
+from mupgpt.axes import AXES, Axis, axes_between, corpus_name
+from mupgpt.choices import Choice, chosen
+from mupgpt.config import Prediction, TrainConfig
+from mupgpt.layout import count_params
 from mupgpt.plain import ConfigError, to_dict, unknown
 from mupgpt.presets import overlay, train_config
 from mupgpt.rules import Rule, get_rule
@@ -20,10 +23,7 @@ from mupgpt.schedules import least_warmup, warmup_steps
 from mupgpt.table import ParamTable, parametrize
 from mupgpt.text import show
 
-__all__ = ["Axis", "Change", "TransferPlan", "Tuned", "Uncertainty", "axes_between", "decay_time",
-           "transfer"]  # fmt: skip
-
-Status = Literal["covered", "heuristic", "unsupported"]
+__all__ = ["Change", "TransferPlan", "Tuned", "Uncertainty", "decay_time", "transfer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,9 @@ class Tuned:
     """Searched keys whose best value lies at the edge of its range → which edge."""
     uncertainty: Mapping[str, Uncertainty] = field(default_factory=dict)
     """Searched keys → how well their values are known."""
+    gain: tuple[float, float] | None = None
+    """Loss that the winner gains on the run as it stood, and half of its 95 % interval: both are
+    trained on the same fresh seeds."""
     corpus: Mapping[str, Any]
     """Fingerprint of the corpus."""
     confirmed: bool = True
@@ -78,6 +81,10 @@ class Tuned:
             f"{self.study}: trial {self.trial}, loss {self.loss:.4f} ± {self.spread:.4f} "
             + (seen if self.confirmed else "in the sweep itself, not confirmed on fresh seeds")
         ]
+        if self.gain is not None:
+            mean, half = self.gain
+            doubt = "" if mean > half else ": no more than the noise of seeds"
+            lines.append(f"  gains {mean:.4f} ± {half:.4f} (95 %) on the run as it stood{doubt}")
         for f in dataclasses.fields(self.config.hparams):
             known = self.uncertainty.get(f"hparams.{f.name}")
             value = f"  {f.name} = {getattr(self.config.hparams, f.name):.6g}"
@@ -87,28 +94,6 @@ class Tuned:
             for key, edge in self.edges.items()
         ]
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One way in which source and target may differ, and what covers it."""
-
-    name: str
-    source: float | str
-    target: float | str
-    status: Status
-    by: str
-
-    @property
-    def differs(self) -> bool:
-        """Whether source and target do differ."""
-        return self.source != self.target
-
-    @property
-    def ratio(self) -> float | None:
-        """Target over source, where that means something."""
-        a, b = self.source, self.target
-        return b / a if isinstance(a, int | float) and isinstance(b, int | float) else None
 
 
 @dataclass(frozen=True)
@@ -130,6 +115,8 @@ class TransferPlan:
     origin: Mapping[str, Any]
     axes: tuple[Axis, ...]
     changes: tuple[Change, ...]
+    choices: tuple[Choice, ...]
+    """What was done beside the rule."""
 
     @property
     def table(self) -> ParamTable:
@@ -155,6 +142,10 @@ class TransferPlan:
             "origin": dict(self.origin),
             "axes": [{**dataclasses.asdict(a), "ratio": a.ratio} for a in self.axes],
             "changes": [dataclasses.asdict(change) for change in self.changes],
+            "choices": [
+                {key: getattr(choice, key) for key in ("name", "says", "source", "reach")}
+                for choice in self.choices
+            ],
             "decay_time": {
                 "source": _finite(decay_time(self.source)),
                 "target": _finite(decay_time(self.config)),
@@ -174,6 +165,7 @@ class TransferPlan:
         head[0] += self.config.rule
         head += [f"# {a.name}: {show(a.source)} → {show(a.target)}, {a.status}: {a.by}"
                  for a in self.axes]  # fmt: skip
+        head += [f"# choice {choice}" for choice in self.choices]
         head += [f"# predicted loss: {self.prediction}"] if self.prediction else []
         return "\n".join(head) + "\n\n" + tomli_w.dumps(to_dict(self.config))
 
@@ -193,6 +185,8 @@ class TransferPlan:
             )
         lines += ["", "what changed"]
         lines += [f"  {c.field}: {show(c.old)} → {show(c.new)}  ({c.why})" for c in self.changes]
+        lines += ["", "choices beside the rule"] if self.choices else []
+        lines += [f"  {choice}" for choice in self.choices]
         before, after = decay_time(self.source), decay_time(self.config)
         if math.isfinite(after):
             lines.append(
@@ -246,12 +240,14 @@ def transfer(
     source: Tuned | TrainConfig,
     to: str | Mapping[str, Any],
     accept: Iterable[str] = (),
+    choose: Iterable[str] = (),
 ) -> TransferPlan:
     """The plan that takes tuned hyperparameters to another size.
 
     ``to`` is a preset's name or plain config data (its ``steps``, ``batch_size`` and ``data`` are
     the target's recipe; rule, base and hyperparameters come from the source). An axis that differs
-    and that nothing covers must be named in ``accept``.
+    and that nothing covers must be named in ``accept``; ``choose`` names what to do beside the rule
+    (`mupgpt.choices.CHOICES`).
 
     >>> source = train_config({"model": "cerebras-gpt-40m"})
     >>> plan = transfer(source, to="cerebras-gpt-13b")
@@ -262,12 +258,14 @@ def transfer(
     config = source.config if isinstance(source, Tuned) else source
     rule = get_rule(config.rule)
     target = _target(config, to)
-    axes = tuple(axis for axis in axes_between(config, target) if axis.differs)
+    choices = chosen(rule, choose)
+    axes = tuple(axis for axis in axes_between(config, target, choices) if axis.differs)
     _refuse(axes, tuple(accept), rule)
-    target, changes = _move(config, target, rule)
+    target, changes = _move(config, target, choices)
     return TransferPlan(
-        config=target, source=config, origin=_origin(tuned), axes=axes, changes=tuple(changes)
-    )
+        config=target, source=config, origin=_origin(tuned), axes=axes, changes=tuple(changes),
+        choices=choices,
+    )  # fmt: skip
 
 
 def _origin(tuned: Tuned | None) -> dict[str, Any]:
@@ -290,73 +288,9 @@ def _target(source: TrainConfig, to: str | Mapping[str, Any]) -> TrainConfig:
     return dataclasses.replace(target, data=source.data) if same_text else target
 
 
-def axes_between(a: TrainConfig, b: TrainConfig) -> list[Axis]:
-    """Every axis on which two runs may differ, with what the rule of ``a`` says of it."""
-    rule = get_rule(a.rule)
-    empirical = "kept; transfers in practice (arXiv 2203.03466, Table 1)"
-    horizon = "λ moved to keep lr·λ·steps (arXiv 2405.13698); lr kept (arXiv 2203.03466, Table 1)"
-    if not rule.keeps_decay_time:
-        horizon = f"kept as rule {rule.name} is published: lr·λ·steps changes"
-    nothing = "no rule; the optimum may move"
-    rows: list[tuple[str, Any, Any, Status, str]] = [
-        ("width", a.model.d_model, b.model.d_model, *_by_rule(rule, "width")),
-        ("ffn ratio", _ffn_ratio(a), _ffn_ratio(b), *_by_rule(rule, "ffn ratio")),
-        ("d_head", a.model.d_head, b.model.d_head, *_by_rule(rule, "d_head")),
-        ("depth", a.model.n_layer, b.model.n_layer, *_by_rule(rule, "depth")),
-        ("density", a.model.density, b.model.density, *_by_rule(rule, "density")),
-        ("block", _block(a), _block(b), "unsupported", nothing),
-        ("kv groups", _kv_groups(a), _kv_groups(b), "unsupported", nothing),
-        ("context", a.model.seq_len, b.model.seq_len, "heuristic", empirical),
-        ("batch (sequences)", a.batch_size, b.batch_size, "heuristic", empirical),
-        ("steps", a.steps, b.steps, "heuristic", horizon),
-        ("tokens/parameter", _tokens_per_param(a), _tokens_per_param(b), "heuristic",
-         "as steps and batch"),
-        ("vocabulary", a.model.vocab_size, b.model.vocab_size, "unsupported", nothing),
-        ("corpus", _corpus(a), _corpus(b), "unsupported", nothing),
-    ]  # fmt: skip
-    return [Axis(*row) for row in rows]
-
-
-def _by_rule(rule: Rule, axis: str) -> tuple[Status, str]:
-    """What ``rule`` says of an axis: its status, and what that rests on."""
-    if axis in rule.covers:
-        return "covered", rule.source
-    if axis in rule.practice:
-        return "heuristic", rule.practice[axis]
-    says = "says nothing" if rule.covers else "is a control"
-    return "unsupported", f"rule {rule.name} {says}"
-
-
-def _ffn_ratio(c: TrainConfig) -> float:
-    return c.model.d_ffn / c.model.d_model
-
-
-def _block(c: TrainConfig) -> str:
-    """The kind of block in words."""
-    m = c.model
-    said = {"qk-norm": m.qk_norm, "biases": m.bias, "untied head": not m.tied}
-    return " ".join([m.positions, m.norm, m.activation, *(name for name in said if said[name])])
-
-
-def _kv_groups(c: TrainConfig) -> float:
-    return c.model.n_head / c.model.n_kv_head
-
-
-def _tokens_per_param(c: TrainConfig) -> float:
-    return c.tokens / count_kept(c.model)
-
-
 def _phases(c: TrainConfig) -> str:
     """The run's phases in words."""
     return ", ".join(f"{p.steps} steps of {p.batch_size} × {p.seq_len}" for p in c.course)
-
-
-def _corpus(c: TrainConfig) -> str:
-    return f"{c.data.source} ({c.data.tokenizer})"
-
-
-AXES = ("width", "ffn ratio", "d_head", "depth", "density", "block", "kv groups", "context",
-        "batch (sequences)", "steps", "tokens/parameter", "vocabulary", "corpus")  # fmt: skip
 
 
 def _refuse(axes: tuple[Axis, ...], accept: tuple[str, ...], rule: Rule) -> None:
@@ -374,30 +308,40 @@ def _refuse(axes: tuple[Axis, ...], accept: tuple[str, ...], rule: Rule) -> None
         )
 
 
-def _move(source: TrainConfig, target: TrainConfig, rule: Rule) -> tuple[TrainConfig, list[Change]]:
-    """The target with weight decay and warm-up moved, and the list of what differs."""
+def _move(
+    source: TrainConfig, target: TrainConfig, choices: tuple[Choice, ...]
+) -> tuple[TrainConfig, list[Change]]:
+    """The target with what was chosen and its warm-up moved, and the list of what differs."""
     changes = [
         Change(f"model.{name}", old, new, "the target's shape")
         for name, old, new in _differences(source.model, target.model)
     ]
-    labels = {"data": _corpus, "phases": _phases}
+    labels = {"data": corpus_name, "phases": _phases}
     for name in ("batch_size", "steps", "phases", "accumulate", "grad_clip", "precision", "seed",
                  "data"):  # fmt: skip
         if getattr(source, name) != getattr(target, name):
             label = labels.get(name, lambda c, n=name: getattr(c, n))
             changes.append(Change(name, label(source), label(target), "the target's recipe"))
-    decay = source.hparams.weight_decay
-    moved = decay * source.steps / target.steps if rule.keeps_decay_time else decay
-    if moved != decay:
-        hparams = dataclasses.replace(target.hparams, weight_decay=moved)
-        target = dataclasses.replace(target, hparams=hparams)
-        changes.append(Change("hparams.weight_decay", decay, moved, "× source steps / steps"))
-    schedule = _warm(target)
-    for name, old, new in _differences(source.schedule, schedule):
-        raised = schedule != target.schedule and name == "warmup"
-        why = "at least 2/(1 − β₂) steps" if raised else "the target's recipe"
-        changes.append(Change(f"schedule.{name}", old, new, why))
-    return dataclasses.replace(target, schedule=schedule), changes
+    whys: dict[str, str] = {}
+    steps = [(f"choice {choice.name}", choice.move) for choice in choices]
+    for why, step in (*steps, ("at least 2/(1 − β₂) steps", _warm)):
+        moved = step(source, target)
+        whys |= {field: why for field, _, _ in _settings(target, moved)}
+        target = moved
+    changes += [
+        Change(field, old, new, whys.get(field, "the target's recipe"))
+        for field, old, new in _settings(source, target)
+    ]
+    return target, changes
+
+
+def _settings(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """What differs in hyperparameters and schedule: field, old, new."""
+    return [
+        (f"{part}.{name}", old, new)
+        for part in ("hparams", "schedule")
+        for name, old, new in _differences(getattr(a, part), getattr(b, part))
+    ]
 
 
 def _differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
@@ -405,10 +349,10 @@ def _differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
     return [(name, old, new) for name, old, new in pairs if old != new]
 
 
-def _warm(target: TrainConfig) -> Schedule:
-    """The schedule with a warm-up of at least 2/(1 − β₂) steps (but at most half the run)."""
+def _warm(source: TrainConfig, target: TrainConfig) -> TrainConfig:
+    """The target with a warm-up of at least 2/(1 − β₂) steps (but at most half the run)."""
     s, least = target.schedule, least_warmup(target.hparams.beta2)
     if warmup_steps(s, target.steps, target.tokens_per_step) >= least:
-        return s
-    fraction = min(0.5, least / target.steps)
-    return dataclasses.replace(s, warmup=fraction, warmup_tokens=0)
+        return target
+    warmed = dataclasses.replace(s, warmup=min(0.5, least / target.steps), warmup_tokens=0)
+    return dataclasses.replace(target, schedule=warmed)

@@ -49,7 +49,7 @@ def fails(capsys, *argv):
 VERBS = ["", "presets", "table", "plan", "ls", "cp", "train", "train proxy-32", "launch",
          "generate", "verdict", "transfer", "coord-check", "check-proxy", "rungs", "branch", "fit",
          "propose", "demo", "sweep", "sweep run", "sweep import", "sweep status", "sweep best",
-         "sweep dashboard", "data", "data prepare"]  # fmt: skip
+         "sweep importance", "sweep dashboard", "data", "data prepare"]  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", VERBS)

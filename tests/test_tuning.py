@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -22,12 +23,13 @@ from mupgpt.plain import ConfigError
 from mupgpt.population import Population
 from mupgpt.presets import overlay
 from mupgpt.tuning import worker as worker_module
-from mupgpt.tuning.best import best_hparams
+from mupgpt.tuning.best import best_hparams, importances
+from mupgpt.tuning.pruning import rung_steps
 from mupgpt.tuning.run import run_sweep
 from mupgpt.tuning.space import Dimension, SearchSpace
 from mupgpt.tuning.spec import load_spec, parse_spec, put
 from mupgpt.tuning.storage import quiet
-from mupgpt.tuning.study import Sweep, make_sampler, rung_steps
+from mupgpt.tuning.study import Sweep, make_sampler
 from mupgpt.tuning.worker import fill, work
 
 RAW = {
@@ -215,6 +217,17 @@ def test_a_sweep_is_repeatable(tmp_path, monkeypatch):
     assert trials[0] == trials[1]
 
 
+def assert_paired_gain(study, best):
+    """The run as it stands, trained on the winner's own fresh seeds, against the winner."""
+    fresh = study.user_attrs["confirmed"]
+    stood, won = (fresh[json.dumps({"hparams.lr": lr})] for lr in (6e-3, best.config.hparams.lr))
+    gains = [a - b for a, b in zip(stood, won, strict=True)]
+    mean, half = best.gain
+    assert mean == pytest.approx(statistics.fmean(gains))
+    assert half == pytest.approx(4.302653 * statistics.stdev(gains) / 3**0.5)  # t, 2 degrees
+    assert ("no more than the noise" in str(best)) == (mean <= half)
+
+
 def test_a_diverged_confirmation_is_a_penalty():
     raw = {"space": {"hparams.lr": {"values": [6e-3, 5e-3]}}, "study": {"sampler": "random"}}
     study = run_sweep(parse_spec({**RAW, **raw, "name": "confirm"}, "x"), workers=1)
@@ -308,11 +321,28 @@ def test_the_winner_is_confirmed_on_fresh_seeds_once(monkeypatch):
     study = run_sweep(spec(), workers=1)
     best = best_hparams(study, top=2, seeds=3)
     fresh = study.user_attrs["confirmed"]
-    assert all(len(losses) == 3 for losses in fresh.values()) and len(fresh) == 4
-    assert best.loss == pytest.approx(min(sum(x) / 3 for x in fresh.values()))
+    # The top two, the winner's half and double, and the run as it stands.
+    assert all(len(losses) == 3 for losses in fresh.values()) and len(fresh) == 5
+    top = [t.params for t in sorted(study.trials, key=lambda t: t.value)[:2]]
+    means = [statistics.fmean(fresh[json.dumps(params)]) for params in top]
+    assert best.loss == pytest.approx(min(means))
     assert best.spread > 0
     monkeypatch.setattr("mupgpt.tuning.best.Population", None)  # asking again trains nothing
     assert best_hparams(study, top=2, seeds=3) == best
+    assert_paired_gain(study, best)
+
+
+def test_importances_find_the_planted_one():
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    with pytest.raises(ConfigError, match="has 0 finished trials: importances need 20"):
+        importances(study)
+
+    def planted(trial):
+        return trial.suggest_float("a", -1, 1) ** 2 + 0.01 * trial.suggest_float("b", -1, 1)
+
+    study.optimize(planted, n_trials=200)
+    shares = importances(study)
+    assert sum(shares.values()) == pytest.approx(1) and shares["a"] > 0.9
 
 
 def test_an_optimum_at_the_edge_is_said():

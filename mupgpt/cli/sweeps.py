@@ -91,6 +91,7 @@ def transfer(
     to: str,
     out: Annotated[Path | None, arg(aliases=["-o"])] = None,
     accept: UseAppendAction[tuple[str, ...]] = (),
+    choose: UseAppendAction[tuple[str, ...]] = (),
     cell: str | None = None,
     storage: str | None = None,
     seeds: int = 3,
@@ -104,6 +105,7 @@ def transfer(
         to: The target: a preset's name or a config file.
         out: The target's config (TOML).
         accept: An axis that no rule covers (may be given several times).
+        choose: What to do beside the rule: batch-sqrt, batch-half-life, decay-to-zero, decay-time.
         cell: Which study of a sweep with several (default: the first).
         storage: Optuna storage URL.
         seeds: Fresh seeds that confirm the winner (0: the sweep's own losses stand).
@@ -113,7 +115,7 @@ def transfer(
     from mupgpt.transfer import transfer as plan_of
 
     source = source_of(study, cell, storage, seeds)
-    plan = plan_of(source, to if to in PRESETS else read_config(to), accept)
+    plan = plan_of(source, to if to in PRESETS else read_config(to), accept, choose)
     if ladder is not None:
         plan = laws.predicted(plan, ladder)
     if out is not None:
@@ -168,5 +170,46 @@ def sweep_import(
     print(import_sweep(file, spec, mapped, storage))
 
 
-SWEEP = {"run": sweep_run, "import": sweep_import, "status": sweep_status, "best": sweep_best}
+def sweep_importance(name: Positional[str], storage: str | None = None, json: bool = False) -> None:
+    """Print how much each hyperparameter decides about a trial being among the best.
+
+    Args:
+        name: The sweep's name or folder.
+        storage: Optuna storage URL.
+        json: Print machine-readable data.
+    """
+    from mupgpt.tuning.best import importances
+    from mupgpt.tuning.study import Sweep
+
+    studies = Sweep.open(stem(name), storage).studies()
+    found = {key: importances(study) for key, study in studies.items()}
+    if json:
+        print_json(found)
+        return
+    for key, shares in found.items():
+        print(key, *(f"  {param:<24} {share:5.0%}" for param, share in shares.items()), sep="\n")
+
+
+def sweep_dashboard(name: Positional[str], storage: str | None = None, port: int = 8080) -> None:
+    """Show a sweep in optuna-dashboard on 127.0.0.1, read-only (extra: dashboard).
+
+    Args:
+        name: The sweep's name or folder.
+        storage: Optuna storage URL.
+        port: Where to listen (0: a free one).
+    """
+    from mupgpt.report.dashboard import serve
+    from mupgpt.tuning.study import Sweep
+
+    serve(Sweep.open(stem(name), storage).storage, port)
+
+
+SWEEP = {
+    "run": sweep_run,
+    "import": sweep_import,
+    "status": sweep_status,
+    "best": sweep_best,
+    "importance": sweep_importance,
+    "dashboard": sweep_dashboard,
+}
 COMMANDS = (transfer,)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.trial import FrozenTrial, TrialState
 
 from mupgpt.config import TrainConfig
 from mupgpt.data import load_corpus
@@ -17,11 +18,13 @@ from mupgpt.progress import Progress
 from mupgpt.transfer import Tuned, Uncertainty
 from mupgpt.tuning.curves import half_width
 from mupgpt.tuning.spec import Cell, parse_spec
+from mupgpt.tuning.storage import quiet
 from mupgpt.tuning.study import COLUMN_TOKENS, finished, penalized
 
-__all__ = ["best_hparams"]
+__all__ = ["best_hparams", "importances"]
 
 FRESH_SEED = 1000  # seeds of a confirmation: never those of a sweep
+LEAST = 20  # trials below which importances say nothing
 COST = 0.005  # relative loss at which a hyperparameter counts as badly set
 
 
@@ -29,10 +32,11 @@ def best_hparams(study: optuna.Study, top: int = 3, seeds: int = 3) -> Tuned:
     """The best trial of ``study`` after its ``top`` were trained again on ``seeds`` fresh seeds.
 
     The winner of a sweep owes part of its lead to luck (the winner's curse); the fresh losses do
-    not. With two seeds or more, the winner is also trained with each of its searched values halved
-    and doubled: that says how well they are known. All of it is kept in the study, so that asking
-    again costs nothing. With ``seeds=0`` nothing is trained and the sweep's own losses stand, luck
-    included: the way for imported runs whose text is not here.
+    not. With two seeds or more, so are the run as it stands, which says what was gained, and the
+    winner with each of its searched values halved and doubled, which says how well they are known.
+    All of it is kept in the study, so that asking again costs nothing. With ``seeds=0`` nothing is
+    trained and the sweep's own losses stand, luck included: the way for imported runs whose text is
+    not here.
     """
     require(top >= 1, "top", top, "be >= 1")
     require(seeds >= 0, "seeds", seeds, "be >= 0 (0: the sweep's own losses stand)")
@@ -60,9 +64,37 @@ def best_hparams(study: optuna.Study, top: int = 3, seeds: int = 3) -> Tuned:
         swept_loss=winner.value or math.nan,
         edges={key: edge for key, d in space.items() if (edge := d.at_edge(winner.params[key]))},
         uncertainty=_uncertainties(study, cell, winner, losses) if seeds > 1 else {},
+        gain=_gain(study, cell, winner, losses) if seeds > 1 else None,
         corpus=attrs["corpus"],
         confirmed=seeds > 0,
     )
+
+
+def importances(study: optuna.Study) -> dict[str, float]:
+    """Searched key → its share of what makes a trial one of the best tenth; the shares sum to 1.
+
+    PED-ANOVA (Watanabe et al. 2023, arXiv 2304.10255) as Optuna has it: it goes by ranks, so that
+    a diverged trial's penalty counts as bad and no more. Raises ConfigError for fewer than 20
+    finished trials, two of which would be that tenth.
+    """
+    count = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+    if count < LEAST:
+        raise ConfigError(
+            f"study {study.study_name!r} has {count} finished trials: importances need {LEAST}"
+        )
+    with quiet():
+        return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+
+
+def _gain(
+    study: optuna.Study, cell: Cell, winner: FrozenTrial, losses: Sequence[float]
+) -> tuple[float, float] | None:
+    """What the winner gains on the run as it stands, seed by seed; None if that is the winner."""
+    stands = cell.center()
+    if stands == winner.params:
+        return None
+    paired = np.subtract(_fresh_losses(study, cell, [stands], len(losses))[0], losses)
+    return float(paired.mean()), half_width(paired.tolist())
 
 
 def _uncertainties(

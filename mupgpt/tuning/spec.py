@@ -24,16 +24,22 @@ __all__ = ["Cell", "StudyConfig", "SweepSpec", "load_spec"]
 class StudyConfig:
     """How a sweep searches."""
 
-    sampler: Literal["tpe", "qmc", "random", "grid"] = "tpe"
+    sampler: Literal["tpe", "gp", "carbs", "qmc", "random", "grid"] = "tpe"
     """Optuna's sampler; ``grid`` starts around the run's own values and extends itself."""
     trials: int = 32
     """Trials of each study: an exact budget (for ``grid``, an upper bound)."""
     seeds: tuple[int, ...] = (0,)
     """Every trial trains once per seed; all trials share initializations and data."""
     rungs: int = 0
-    """Successive halving: how many times a trial may be stopped early (0: never)."""
+    """How many times a trial may be stopped early (0: never)."""
+    pruner: Literal["halving", "hyperband", "median"] = "halving"
+    """Who passes a rung: the best 1/reduction, the same per Hyperband bracket, the better half."""
     reduction: int = 3
-    """Successive halving: 1/reduction of the trials pass a rung."""
+    """Factor between the steps of two rungs, and of their trials under halving."""
+    warm_start: str = ""
+    """A sweep whose best trials are tried first, where they lie inside the space."""
+    warm_top: int = 3
+    """How many of each of its studies."""
     each: bool = False
     """Search every dimension alone, in a study of its own, the others at the run's own values."""
     sampler_seed: int = 0
@@ -47,6 +53,9 @@ class StudyConfig:
         require(len(set(self.seeds)) == len(self.seeds), "study.seeds", self.seeds, "not repeat")
         require(self.rungs >= 0, "study.rungs", self.rungs, "be >= 0")
         require(self.reduction >= 2, "study.reduction", self.reduction, "be >= 2")
+        require(self.warm_top >= 1, "study.warm_top", self.warm_top, "be >= 1")
+        warm = not self.warm_start or self.sampler != "grid"
+        require(warm, "study.warm_start", self.warm_start, "be empty for a grid: it has its points")
         grid_only = self.sampler != "grid" or not self.rungs
         require(grid_only, "study.rungs", self.rungs, "be 0 for a grid: its curves need every end")
         require(self.heartbeat >= 1, "study.heartbeat", self.heartbeat, "be >= 1")

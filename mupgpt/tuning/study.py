@@ -166,16 +166,6 @@ def make_sampler(config: StudyConfig, salt: str = "") -> BaseSampler:
     return RandomSampler(seed=seed)
 
 
-def rung_steps(config: StudyConfig, steps: int) -> list[int]:
-    """Steps at which trials are judged.
-
-    >>> rung_steps(StudyConfig(rungs=2, reduction=3), 180)
-    [20, 60]
-    """
-    first = max(1, steps // config.reduction**config.rungs)
-    return [first * config.reduction**i for i in range(config.rungs)]
-
-
 def trials_of(storage: BaseStorage, name: str) -> list[FrozenTrial]:
     """The trials of a study that count: those from the queue, without what was given back."""
     study_id = storage.get_study_id_from_name(name)

@@ -14,7 +14,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -30,14 +30,15 @@ from mupgpt.cpu import settle_cpu
 from mupgpt.data import load_corpus
 from mupgpt.population import Population
 from mupgpt.stopping import stop_flag
+from mupgpt.tuning.pruning import passing, rung_steps
 from mupgpt.tuning.spec import Cell
 from mupgpt.tuning.storage import MAX_RETRY, MISSED_BEATS, quiet
 from mupgpt.tuning.study import (
     COLUMN_TOKENS,
     DONE,
     Sweep,
+    finished,
     penalized,
-    rung_steps,
     trials_of,
 )
 
@@ -48,18 +49,18 @@ log = logging.getLogger("mupgpt.worker")
 
 
 def fill(sweep: Sweep) -> None:
-    """Queue what is known before anything is sampled: a grid's points, or the run as it stands.
-
-    That makes it the first trial: a sweep cannot end up worse than what it began with.
-    """
+    """Queue what is known before anything is sampled: a grid's points; else the run as it stands,
+    so that a sweep cannot end up worse than what it began with, and an earlier sweep's best."""
     for cell in sweep.spec.cells:
         study = sweep.study(cell)
         reclaim(sweep, study)
         if sweep.spec.study.sampler == "grid":
             for point in cell.search_space.grid(cell.center()):
                 study.enqueue_trial(point, user_attrs={"queued": True}, skip_if_exists=True)
-        elif not trials_of(sweep.storage, cell.name) and (default := _default(sweep, cell)):
-            study.enqueue_trial(default)
+        elif not trials_of(sweep.storage, cell.name):
+            for params in (_default(sweep, cell), *_earlier(sweep, cell)):
+                if params:
+                    study.enqueue_trial(params, skip_if_exists=True)
 
 
 def reclaim(sweep: Sweep, study: optuna.Study) -> None:
@@ -102,9 +103,23 @@ def _is_dead(trial: FrozenTrial, grace: timedelta) -> bool:
 
 def _default(sweep: Sweep, cell: Cell) -> dict[str, float]:
     """The run's own values, where they lie inside the space."""
-    center, space = cell.center(), cell.search_space.dimensions
-    ranges = {k: d for k, d in space.items() if not d.values}
-    return {k: center[k] for k, d in ranges.items() if d.low <= center[k] <= d.high}
+    return _inside(cell, cell.center())
+
+
+def _earlier(sweep: Sweep, cell: Cell) -> list[dict[str, float]]:
+    """The best of each study of the sweep that this one starts from."""
+    config = sweep.spec.study
+    if not config.warm_start:
+        return []
+    url = None if sweep.url.startswith("sqlite") else sweep.url
+    studies = Sweep.open(config.warm_start, url).studies().values()
+    return [_inside(cell, t.params) for s in studies for t in finished(s)[: config.warm_top]]
+
+
+def _inside(cell: Cell, params: Mapping[str, float]) -> dict[str, float]:
+    """Those values that are searched on a range and lie in it."""
+    ranges = {k: d for k, d in cell.search_space.dimensions.items() if not d.values}
+    return {k: params[k] for k, d in ranges.items() if k in params and d.low <= params[k] <= d.high}
 
 
 def work(
@@ -285,18 +300,20 @@ def _train(
     configs = [cell.config(t.params, seed) for t in trials for seed in seeds]
     population = Population(configs, load_corpus(configs[0].data))
     alive = list(range(len(trials)))
-    for rung in rung_steps(sweep.spec.study, configs[0].steps):
+    rungs = rung_steps(sweep.spec.study, configs[0].steps)
+    for rung in rungs:
         _advance(population, rung, stop)
         losses = _by_trial(population, alive, len(seeds))
-        values = {i: _value(losses[i], configs[0].model.vocab_size) for i in alive}
         for i in alive:
             with _unless_taken(trials[i]):
-                trials[i].report(values[i], rung)
-        passed = _pass_rung(study, rung, values, sweep.spec.study.reduction)
-        for i in set(alive) - passed:
-            with _unless_taken(trials[i]):
-                study.tell(trials[i], state=TrialState.PRUNED, skip_if_finished=True)
-        alive = sorted(passed)
+                trials[i].report(_value(losses[i], configs[0].model.vocab_size), rung)
+        seen = study.get_trials(deepcopy=False)
+        passed = passing(sweep.spec.study, seen, rungs, rung, {trials[i].number for i in alive})
+        for i in alive:
+            if trials[i].number not in passed:
+                with _unless_taken(trials[i]):
+                    study.tell(trials[i], state=TrialState.PRUNED, skip_if_finished=True)
+        alive = [i for i in alive if trials[i].number in passed]
         population.keep([i * len(seeds) + s for i in alive for s in range(len(seeds))])
     _advance(population, configs[0].steps, stop)
     seconds = time.monotonic() - started
@@ -304,21 +321,6 @@ def _train(
              " ".join(str(t.number) for t in trials), configs[0].steps, seconds)  # fmt: skip
     for i, losses in _by_trial(population, alive, len(seeds)).items():
         _tell(study, trials[i], losses, configs[0].model.vocab_size, seconds / len(trials))
-
-
-def _pass_rung(
-    study: optuna.Study, rung: int, values: dict[int, float], reduction: int
-) -> set[int]:
-    """Who of a population is among the best 1/reduction that the study has seen at this rung.
-
-    At least the best one passes. Optuna's own halving judges trials one after the other, so that
-    the first of a population would always pass; here they stand at the rung together.
-    """
-    trials = study.get_trials(deepcopy=False)
-    seen = sorted(t.intermediate_values[rung] for t in trials if rung in t.intermediate_values)
-    bar = seen[max(1, len(seen) // reduction) - 1]
-    passed = {i for i, value in values.items() if value <= bar}
-    return passed or {min(values, key=lambda i: values[i])}
 
 
 def _advance(population: Population, until: int, stop: Callable[[], bool]) -> None:

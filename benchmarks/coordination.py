@@ -1,0 +1,106 @@
+"""What Optuna, the storage and our bookkeeping cost, in CPU seconds a trial and of a whole sweep.
+
+    python benchmarks/coordination.py        # two to four minutes of one core
+
+One worker runs sweeps of 250, 500 and 1,000 trials whose training is replaced by a random loss:
+what is left is coordination. A trial of the shipped sweep `joint` (two seeds, as a population) is
+timed in the same run; the goal is a share below 5 % at 1,000 trials. The growth of memory says
+whether a finished trial leaves anything behind but its record.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+
+from measure import goal, machine, timed, write
+
+SIZES = (250, 500, 1000)
+GOAL = 0.05
+
+
+def main() -> None:
+    where = machine()
+    rows = []
+    for trials in SIZES:
+        command = [sys.executable, __file__, str(trials)]
+        with tempfile.TemporaryDirectory() as folder:
+            said = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE).stdout
+        rows.append(json.loads(said))
+        print(f"{trials} trials: {1000 * rows[-1]['cpu_s'] / trials:.0f} ms a trial, "
+              f"{rows[-1]['peak_mib']:.0f} MiB", flush=True)  # fmt: skip
+    trial = trial_seconds()
+    each = rows[-1]["cpu_s"] / SIZES[-1]
+    share = each / (each + trial)
+    print(f"a trial of `joint` trains for {trial:.2f} CPU seconds")
+    growth = (rows[-1]["peak_mib"] - rows[0]["peak_mib"]) / (SIZES[-1] - SIZES[0])
+    write("coordination", {
+        "machine": where,
+        "rows": rows,
+        "trial_cpu_s": trial,
+        "share": share,
+        "growth_kib_per_trial": 1024 * growth,
+        "goals": [goal("coordination's share of a sweep's CPU, 1000 trials", share, most=GOAL)],
+    })  # fmt: skip
+
+
+def coordinate(trials: int) -> None:
+    """One sweep that trains nothing; prints its cost as JSON."""
+    import mupgpt.tuning.worker as worker
+    from mupgpt.tuning.run import run_sweep
+
+    worker.Population = Untrained  # type: ignore[assignment, misc]
+    spec = joint(trials)
+    cost = timed(lambda: run_sweep(spec, workers=1))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"trials": trials, "cpu_s": cost.cpu, "wall_s": cost.wall, "peak_mib": peak}))
+
+
+def joint(trials: int):
+    """The shipped sweep at another budget."""
+    from mupgpt.tuning.spec import load_spec
+
+    spec = load_spec("joint")
+    return dataclasses.replace(spec, study=dataclasses.replace(spec.study, trials=trials))
+
+
+class Untrained:
+    """Stands where a Population does, and trains nothing."""
+
+    def __init__(self, configs, corpus) -> None:
+        self.members, self.step = list(range(len(configs))), 0
+        self._losses = random.Random(len(configs))
+
+    def train(self, until: int) -> None:
+        self.step = until
+
+    def evaluate(self) -> dict[int, float]:
+        return {member: self._losses.uniform(2, 3) for member in self.members}
+
+    def keep(self, members) -> None:
+        self.members = [*members]
+
+
+def trial_seconds() -> float:
+    """CPU seconds of a trial: a population as large as a worker's, whole, by its trials."""
+    from mupgpt.cpu import settle_cpu
+    from mupgpt.data import load_corpus
+    from mupgpt.population import Population
+    from mupgpt.tuning.study import COLUMN_TOKENS
+
+    settle_cpu()
+    cell, seeds = joint(1).cells[0], joint(1).study.seeds
+    config = cell.config()
+    count = COLUMN_TOKENS // config.tokens_per_step // len(seeds)
+    corpus = load_corpus(config.data)
+    population = Population([cell.config({}, seed) for _ in range(count) for seed in seeds], corpus)
+    return timed(lambda: (population.train(), population.evaluate())).cpu / count
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    main() if len(sys.argv) == 1 else coordinate(int(sys.argv[1]))
