@@ -29,9 +29,9 @@ MODELS = {
         "preset": "btlm-proxy-96", "seq_len": 16, "n_head": 8, "d_head": 12, "n_layer": 3,
     },
 }  # fmt: skip
-STEPS, TOKENS_PER_STEP, SEEDS = 1500, 512, (0, 1, 2)
+STEPS, TOKENS_PER_STEP, SEEDS = 600, 512, (0, 1, 2)
 STRETCHES, SCALINGS = (1, 2, 4), (1.0, 1.25, 1.5, 2.0, 4.0)
-HELD_OUT = 2**16  # tokens
+HELD_OUT = 2**14  # tokens
 
 
 def main() -> None:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from mupgpt.axes import Axis, axes_between
 from mupgpt.config import TrainConfig
 from mupgpt.plain import require
 from mupgpt.rules import RULES, get_rule
 from mupgpt.schedules import least_warmup, warmup_steps
 from mupgpt.text import align, show
-from mupgpt.transfer import Axis, axes_between
 
 __all__ = ["Criterion", "ProxyCheck", "check_proxy"]
 

@@ -34,6 +34,9 @@ __all__ = ["Checkpoint", "CheckpointError", "Writer", "load_newest", "save"]
 
 FORMAT = 1
 CHUNK = 2**22
+PART = (
+    2**32
+)  # bytes of a file, unless one tensor takes more: what a save holds on the CPU at a time
 TIMEOUT = timedelta(hours=1)  # the slowest process's writing
 
 
@@ -162,7 +165,8 @@ def save(
 class Writer:
     """Saves checkpoints in the background, one at a time, from a copy of the state in host memory.
 
-    What fails is raised by the next `save`, or by `wait`; leaving the context waits.
+    Where that has no room for a copy, the run waits while its state is written part by part. What
+    fails is raised by the next `save`, or by `wait`; leaving the context waits.
     """
 
     def __init__(self, root: Path, keep: int, keep_steps: Collection[int] = ()) -> None:
@@ -176,12 +180,16 @@ class Writer:
     def save(self, step: int, groups: Groups, facts: Mapping[str, Any]) -> None:
         """Begin a checkpoint: as `save`, of what the tensors hold now."""
         self.wait()
+        own = _own(groups)
+        if _bytes(own) * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 0.9 * _host_memory():
+            self._run(step, own, facts)
+            return
         copied = {
             name: {
                 key: Piece(p.data.to("cpu", copy=True), p.offset, p.shape)
                 for key, p in pieces.items()
             }
-            for name, pieces in _own(groups).items()
+            for name, pieces in own.items()
         }
         self._thread = threading.Thread(target=self._run, args=(step, copied, facts))
         self._thread.start()
@@ -259,7 +267,7 @@ def _write(
 
 
 def _bytes(pieces: Pieces) -> int:
-    return sum(p.data.numel() * p.data.element_size() for g in pieces.values() for p in g.values())
+    return sum(p.data.nbytes for group in pieces.values() for p in group.values())
 
 
 def _prepare(root: Path, temporary: Path, need: int) -> None:
@@ -281,13 +289,36 @@ def _write_own(folder: Path, own: Pieces) -> tuple[dict[str, Any], dict[str, Any
     for key, pieces in own.items():
         if not pieces and world_size() > 1:
             continue
-        file = f"{key}.safetensors" if world_size() == 1 else f"{key}-{rank():05d}.safetensors"
-        save_file({name: p.data.contiguous() for name, p in pieces.items()}, folder / file)
-        _fsync(folder / file)
-        files[file] = _measure(folder / file)
-        cut = {n: (p.offset, p.shape) for n, p in pieces.items() if tuple(p.data.shape) != p.shape}
-        slices |= {file: cut} if cut else {}
+        stem = key if world_size() == 1 else f"{key}-{rank():05d}"
+        for number, part in enumerate(_parts(pieces)):
+            file = f"{stem}-part{number}.safetensors" if number else f"{stem}.safetensors"
+            save_file({name: p.data.cpu().contiguous() for name, p in part.items()}, folder / file)
+            _fsync(folder / file)
+            files[file] = _measure(folder / file)
+            cut = {n: (p.offset, p.shape) for n, p in part.items() if p.data.shape != p.shape}
+            slices |= {file: cut} if cut else {}
     return files, slices
+
+
+def _parts(pieces: dict[str, Piece]) -> Iterator[dict[str, Piece]]:
+    """The pieces in parts of about `PART` bytes; one part, maybe empty, at least."""
+    part: dict[str, Piece] = {}
+    size = 0
+    for name, p in pieces.items():
+        if part and size + p.data.nbytes > PART:
+            yield part
+            part, size = {}, 0
+        part[name] = p
+        size += p.data.nbytes
+    yield part
+
+
+def _host_memory() -> float:
+    """Bytes that this machine can still give; without limit where it does not say."""
+    path = Path("/proc/meminfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return free[0] if free else math.inf
 
 
 def _commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:

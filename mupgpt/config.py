@@ -71,6 +71,10 @@ class GPTConfig:
     """Start the query projections at zero (attention starts uniform at every width)."""
     density: float = 1.0
     """Share of the weights in the blocks' matrices that static masks keep; 1 masks nothing."""
+    density_attn: float = 0.0
+    """The same of q, k, v and o alone; 0 means ``density``."""
+    density_mlp: float = 0.0
+    """The same of gate, up and down alone; 0 means ``density``."""
 
     def __post_init__(self) -> None:
         if not self.n_head and not self.d_head:
@@ -87,6 +91,9 @@ class GPTConfig:
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be > 0")
         _divide(self.n_head, "n_kv_head", self.n_kv_head)
         require(0 < self.density <= 1, "model.density", self.density, "be in (0, 1]")
+        for name in ("density_attn", "density_mlp"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"model.{name}", value, "be in [0, 1] (0: as model.density)")
         self._check_attention()
 
     def _check_attention(self) -> None:
@@ -150,10 +157,15 @@ class Base:
     """Number of blocks."""
     density: float = 1.0
     """Share of the weights that static masks keep."""
+    density_attn: float = 0.0
+    """The same of q, k, v and o alone; 0 means ``density``."""
+    density_mlp: float = 0.0
+    """The same of gate, up and down alone; 0 means ``density``."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            require(getattr(self, f.name) > 0, f"base.{f.name}", getattr(self, f.name), "be > 0")
+            value = getattr(self, f.name)
+            require(value > 0 or value == f.default, f"base.{f.name}", value, "be > 0")
 
     @classmethod
     def of(cls, model: GPTConfig) -> "Base":

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from mupgpt.config import GPTConfig, TrainConfig
-from mupgpt.layout import count_block_weights, count_kept
+from mupgpt.layout import count_kept, count_kept_block
 from mupgpt.plain import unknown
 
 __all__ = ["CONVENTIONS", "flops_per_token", "run_flops"]
@@ -18,7 +18,7 @@ def _palm(m: GPTConfig, context: int) -> float:
 
 
 def _chinchilla(m: GPTConfig, context: int) -> float:
-    linears = 2 * m.density * count_block_weights(m)
+    linears = 2 * count_kept_block(m)
     scores = 4 * context * m.d_attn + 3 * m.n_head * context
     return 3.0 * (4 * m.vocab_size * m.d_model + m.n_layer * (linears + scores))
 
@@ -26,7 +26,7 @@ def _chinchilla(m: GPTConfig, context: int) -> float:
 def _cerebras(m: GPTConfig, context: int) -> float:
     # The card's figures: attention scores counted twice (24 instead of 12), one softmax pass, and
     # no gradient into the input embedding. Reproduces every printed digit of the card.
-    linears = 6 * m.density * count_block_weights(m)
+    linears = 6 * count_kept_block(m)
     attention = 24 * context * m.d_attn + 9 * m.n_head * context
     return 10.0 * m.vocab_size * m.d_model + m.n_layer * (linears + attention)
 

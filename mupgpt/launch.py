@@ -98,5 +98,8 @@ def _run(command: Sequence[str]) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """One thread a process unless the user says otherwise, as torchrun does it."""
-    return {"OMP_NUM_THREADS": "1", **os.environ}
+    """One thread a process, as torchrun does it, and time for the checkpoint after a signal.
+
+    What the user has set stays.
+    """
+    return {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "540", **os.environ}

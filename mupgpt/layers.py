@@ -16,21 +16,32 @@ def _empty(members: int | None, *shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b, W of shape (*K, fan_out, fan_in)."""
+    """y = x Wᵀ + b, W of shape (*K, fan_out, fan_in).
 
-    def __init__(self, fan_in: int, fan_out: int, *, bias: bool, members: int | None) -> None:
+    A ``masked`` one has a bool buffer ``mask`` M of the same shape, and y = x (W∘M)ᵀ + b: what M
+    drops has no gradient, and its stored value has no effect.
+    """
+
+    mask: Tensor | None
+
+    def __init__(
+        self, fan_in: int, fan_out: int, *, bias: bool, members: int | None, masked: bool = False
+    ) -> None:
         super().__init__()
         self.weight = _empty(members, fan_out, fan_in)
         self.bias = _empty(members, fan_out) if bias else None
+        mask = torch.zeros_like(self.weight, dtype=torch.bool) if masked else None
+        self.register_buffer("mask", mask)
 
     def forward(self, x: Tensor) -> Tensor:  # (*K, …, fan_in) → (*K, …, fan_out)
-        if self.weight.dim() == 2:
-            return F.linear(x, self.weight, self.bias)
+        weight = self.weight if self.mask is None else self.weight * self.mask
+        if weight.dim() == 2:
+            return F.linear(x, weight, self.bias)
         rows = x.flatten(1, -2)  # (K, N, fan_in)
         if self.bias is None:
-            y = torch.bmm(rows, self.weight.mT)
+            y = torch.bmm(rows, weight.mT)
         else:
-            y = torch.baddbmm(self.bias.unsqueeze(1), rows, self.weight.mT)
+            y = torch.baddbmm(self.bias.unsqueeze(1), rows, weight.mT)
         return y.unflatten(1, x.shape[1:-1])
 
 

@@ -1,5 +1,6 @@
 """The one home of parameter names, shapes, roles and fans. Pure numbers: no torch."""
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,9 @@ __all__ = [
     "Role",
     "count_block_weights",
     "count_kept",
+    "count_kept_block",
     "count_params",
+    "densities",
     "layout",
 ]
 
@@ -42,6 +45,8 @@ class ParamSpec:
     """Whether it writes into the residual stream at the end of a branch."""
     constant: float | None = None
     """Initial value of a parameter that starts constant (biases 0, gains 1, zero-init q 0)."""
+    density: float = 1.0
+    """Share of its weights that a static mask keeps."""
     site: str = ""
     """The name with the layer's index as ``*``; target and base are matched by it. Empty means
     that every index in the name is a layer's."""
@@ -83,21 +88,23 @@ def _block(prefix: str, model: GPTConfig, dims: Base) -> list[ParamSpec]:
     d, f = dims.d_model, dims.d_ffn
     heads, kv = dims.n_head * dims.d_head, dims.n_kv_head * dims.d_head
     q_start = 0.0 if model.zero_init_q else None
-    attn = f"{prefix}.attn"
+    attn, kept = f"{prefix}.attn", densities(dims)
+    in_attn = functools.partial(_linear, bias=model.bias, density=kept["attn"])
+    in_mlp = functools.partial(_linear, bias=model.bias, density=kept["mlp"])
     specs = [
         *_norm(f"{prefix}.ln1", d, _shifted(model)),
-        *_linear(f"{attn}.q", d, heads, model.bias, constant=q_start),
-        *_linear(f"{attn}.k", d, kv, model.bias),
-        *_linear(f"{attn}.v", d, kv, model.bias),
-        *_linear(f"{attn}.o", heads, d, model.bias, residual_out=True),
+        *in_attn(f"{attn}.q", d, heads, constant=q_start),
+        *in_attn(f"{attn}.k", d, kv),
+        *in_attn(f"{attn}.v", d, kv),
+        *in_attn(f"{attn}.o", heads, d, residual_out=True),
     ]
     if model.qk_norm:
         specs += _norm(f"{attn}.q_norm", dims.d_head, False)
         specs += _norm(f"{attn}.k_norm", dims.d_head, False)
     specs += _norm(f"{prefix}.ln2", d, _shifted(model))
     for name in ("gate", "up") if model.gated else ("up",):
-        specs += _linear(f"{prefix}.mlp.{name}", d, f, model.bias)
-    return specs + _linear(f"{prefix}.mlp.down", f, d, model.bias, residual_out=True)
+        specs += in_mlp(f"{prefix}.mlp.{name}", d, f)
+    return specs + in_mlp(f"{prefix}.mlp.down", f, d, residual_out=True)
 
 
 def _shifted(model: GPTConfig) -> bool:
@@ -109,7 +116,9 @@ def _linear(
     name: str,
     fan_in: float,
     fan_out: float,
+    *,
     bias: bool,
+    density: float,
     residual_out: bool = False,
     constant: float | None = None,
 ) -> list[ParamSpec]:
@@ -121,6 +130,7 @@ def _linear(
         fan_out=fan_out,
         residual_out=residual_out,
         constant=constant,
+        density=density,
     )
     if not bias:
         return [weight]
@@ -160,12 +170,35 @@ def count_params(model: GPTConfig) -> int:
 
 def count_block_weights(model: GPTConfig) -> int:
     """Weights of one block's matrices, masked ones included (12 d² for the GPT-3 shape)."""
+    return sum(_block_weights(model).values())
+
+
+def _block_weights(model: GPTConfig) -> dict[str, int]:
     d, kv = model.d_model, model.n_kv_head * model.d_head
-    return 2 * d * (model.d_attn + kv) + (3 if model.gated else 2) * d * model.d_ffn
+    return {
+        "attn": 2 * d * (model.d_attn + kv),
+        "mlp": (3 if model.gated else 2) * d * model.d_ffn,
+    }
+
+
+def densities(dims: GPTConfig | Base) -> dict[str, float]:
+    """The share of weights that masks keep in each group of a block's matrices.
+
+    >>> shape = {"n_layer": 2, "d_model": 64, "n_head": 2, "vocab_size": 257, "seq_len": 64}
+    >>> densities(GPTConfig(**shape, density=0.5, density_mlp=0.125))
+    {'attn': 0.5, 'mlp': 0.125}
+    """
+    return {"attn": dims.density_attn or dims.density, "mlp": dims.density_mlp or dims.density}
+
+
+def count_kept_block(model: GPTConfig) -> float:
+    """Weights of one block's matrices that masks keep, in expectation."""
+    kept = densities(model)
+    return sum(kept[group] * n for group, n in _block_weights(model).items())
 
 
 def count_kept(model: GPTConfig) -> int:
-    """Parameters that masks keep, in expectation: of the blocks' matrices the share ``density``.
+    """Parameters that masks keep, in expectation: of the blocks' matrices their ``densities``.
 
     >>> shape = {"n_layer": 2, "d_model": 64, "n_head": 2, "vocab_size": 257, "seq_len": 64}
     >>> dense, sparse = GPTConfig(**shape), GPTConfig(**shape, density=0.25)
@@ -174,6 +207,5 @@ def count_kept(model: GPTConfig) -> int:
     >>> count_kept(dense) - count_kept(sparse) == 0.75 * 2 * 12 * 64**2
     True
     """
-    return count_params(model) - round(
-        (1 - model.density) * model.n_layer * count_block_weights(model)
-    )
+    dropped = count_block_weights(model) - count_kept_block(model)
+    return count_params(model) - round(model.n_layer * dropped)

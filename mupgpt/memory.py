@@ -120,15 +120,20 @@ def moments(config: TrainConfig, memory: str, checkpointing: str, gpus: int = 1)
     tokens = max(-(-phase.batch_size // rows) * phase.seq_len for phase in config.course)
     w, scheme, n = _widths(config, memory), scheme_of(config, memory), count_params(whole) / gpus
     several, first_time = config.accumulate > 1, config.accumulate == 1
+    cached = _linears(m) - _masked(m)  # autocast keeps copies of parameters, not of products
     state = {
         "weights": n * scheme.weights,
         "remainder": n * scheme.remainder,
         "moments": n * scheme.moments,
-        "bf16 copies": w.autocast * w.compute * (_linears(m) * (gpus == 1) + _head(m, tokens)),
+        "masks": _masked(m),  # not divided by FSDP2
+        "bf16 copies": w.autocast * w.compute * (cached * (gpus == 1) + _head(m, tokens)),
     }
-    early, late = _gathered(m, w) if gpus > 1 else (0.0, 0.0)
+    early, late, at_last = _gathered(m, w) if gpus > 1 else (0.0, 0.0, 0.0)
     gradients, head = n * scheme.gradients, m.vocab_size * m.d_model / gpus * scheme.gradients
-    kept, all_of_it = (tokens * _kept(m, w, mode) for mode in (checkpointing, "none"))
+    products = w.compute * _masked(m) / m.n_layer  # W∘M of one block
+    kept, all_of_it = (
+        tokens * _kept(m, w, mode) + products * (mode == "none") for mode in (checkpointing, "none")
+    )
     block = max(0.0, all_of_it - kept) + tokens * _working(m, w)
     parts = {
         "loss": {
@@ -148,9 +153,9 @@ def moments(config: TrainConfig, memory: str, checkpointing: str, gpus: int = 1)
             # Autocast copied each weight once, before the first micro-batch: in the backward of a
             # later one these copies' gradients wait for the end.
             "bf16 copies": state["bf16 copies"] * (1 if first_time else 2),
-            "gathered": late,
+            "gathered": at_last,
         },
-        "optimizer": {"gradients": gradients, "slices": _slices(m, scheme)},
+        "optimizer": {"gradients": gradients, "slices": _slices(whole, scheme, gpus)},
     }
     for moment, own in parts.items():
         yield Need(moment, {part: size for part, size in (state | own).items() if size})
@@ -202,24 +207,32 @@ def _linears(m: GPTConfig) -> int:
 
 
 @lru_cache(maxsize=8)
+def _masked(m: GPTConfig) -> int:
+    """Elements of all matrices with a mask."""
+    return int(sum(math.prod(p.shape) for p in layout(m) if p.density < 1))
+
+
+@lru_cache(maxsize=8)
 def _largest(m: GPTConfig) -> int:
     """Elements of the largest parameter."""
     return max(int(math.prod(p.shape)) for p in layout(m))
 
 
-def _gathered(m: GPTConfig, w: Widths) -> tuple[float, float]:
-    """Bytes of what FSDP2 puts together, before the backward and in it.
+def _gathered(m: GPTConfig, w: Widths) -> tuple[float, float, float]:
+    """Bytes of what FSDP2 puts together: before the backward, in it, and at its end.
 
-    Embeddings and one block; the next block is on its way. In the backward their gradients come on
-    top, and a buffer in which those of one group are reduced in fp32.
+    Embeddings and one block. In the backward the next block is on its way, but at the end there is
+    none; gradients come on top, and a buffer in which those of one group are reduced in fp32.
     """
     block = _linears(m) / m.n_layer
     outer = count_params(m) - block * m.n_layer
     before = w.weight * outer + w.compute * block
-    return before, before + w.weight * outer + max((2 * w.compute + 4) * block, 4 * outer)
+    last = (w.compute + 4) * block
+    late, at_last = (w.weight * outer + max(x, 4 * outer) for x in (w.compute * block + last, last))
+    return before, before + late, before + at_last
 
 
-def _slices(m: GPTConfig, scheme: Scheme) -> float:
+def _slices(m: GPTConfig, scheme: Scheme, gpus: int) -> float:
     """Bytes of what the optimizer makes of one slice: fp32 tensors, and noise for what is rounded.
 
     Five are there at once, six where the gradient is copied too or a remainder is worked out.
@@ -228,4 +241,4 @@ def _slices(m: GPTConfig, scheme: Scheme) -> float:
         return 0.0
     tensors = 5 + (scheme.remainder > 0 or scheme.gradients == 2)
     noise = 2 if scheme.remainder else 3
-    return 4.0 * (tensors + noise) * min(SLICE, _largest(m))
+    return 4.0 * (tensors + noise) * min(SLICE, _largest(m) / gpus)

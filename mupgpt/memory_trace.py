@@ -17,7 +17,7 @@ from mupgpt.config import TrainConfig
 from mupgpt.distributed import Grid
 from mupgpt.model import GPT
 from mupgpt.optim import make_optimizer
-from mupgpt.parallel import parallelize
+from mupgpt.parallel import materialize, parallelize
 from mupgpt.table import parametrize
 from mupgpt.training import param_dtype, sum_in_fp32
 
@@ -31,10 +31,14 @@ def trace_peak(config: TrainConfig, gpus: int = 1) -> dict[str, int]:
     no more than two are counted: the others are as the second.
     """
     assert "auto" not in (config.memory, config.parallel.checkpointing), "resolve the config first"
-    with _grid(config, gpus) as grid, FakeTensorMode(), _weights_as(config):
-        model, half = GPT(config.model), config.precision in ("auto", "bf16")
-        parallelize(model, config.parallel, grid, half)
-        table = parametrize(config.model, config.base, config.hparams, config.rule)
+    table = parametrize(config.model, config.base, config.hparams, config.rule)
+    half = config.precision in ("auto", "bf16")
+    with _grid(config, gpus) as grid, contextlib.ExitStack() as stack:
+        with torch.device("meta"):
+            model = GPT(config.model).to(param_dtype(config.precision, config.memory))
+        parallelize(model, config.parallel, grid, half)  # DeviceMesh needs numbers
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        materialize(model, torch.device("cpu"))
         model.apply_table(table)
         optimizer = make_optimizer(model, table, config.memory)
         phase = max(config.course, key=lambda phase: phase.tokens_per_step)
@@ -80,17 +84,6 @@ def _tracker(model: GPT, optimizer: torch.optim.Optimizer, gpus: int) -> Any:
     tracker = MemTracker()
     tracker.track_external(model, optimizer)
     return tracker
-
-
-@contextlib.contextmanager
-def _weights_as(config: TrainConfig) -> Iterator[None]:
-    """Modules are made in the dtype of the config's weights."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(param_dtype(config.precision, config.memory))
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

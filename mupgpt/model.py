@@ -5,6 +5,7 @@ seen so far, D d_model, H heads, E d_head, V vocabulary. The model knows no expo
 by five named factors that `apply_table` puts in place.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from mupgpt.config import GPTConfig
 from mupgpt.layers import Embedding, LayerNorm, Linear, RMSNorm
+from mupgpt.layout import densities
 from mupgpt.losses import chunked_loss, token_loss
 from mupgpt.memory import CHUNK
 from mupgpt.positions import Places, locate
@@ -41,6 +43,12 @@ class Cache:
         return k, v
 
 
+def make_linear(c: GPTConfig, group: str, members: int | None) -> Callable[[int, int], Linear]:
+    """What makes the matrices of a group, ``attn`` or ``mlp``, from fan-in and fan-out."""
+    masked = densities(c)[group] < 1
+    return functools.partial(Linear, bias=c.bias, members=members, masked=masked)
+
+
 def make_norm(kind: str, d: int, *, bias: bool, members: int | None) -> LayerNorm | RMSNorm:
     """The norm of that kind over ``d`` elements; an RMSNorm has no bias."""
     if kind == "rmsnorm":
@@ -54,11 +62,11 @@ class Attention(nn.Module):
     def __init__(self, c: GPTConfig, layer: int, members: int | None) -> None:
         super().__init__()
         self.layer, self.d_head = layer, c.d_head
-        d_kv = c.n_kv_head * c.d_head
-        self.q = Linear(c.d_model, c.d_attn, bias=c.bias, members=members)
-        self.k = Linear(c.d_model, d_kv, bias=c.bias, members=members)
-        self.v = Linear(c.d_model, d_kv, bias=c.bias, members=members)
-        self.o = Linear(c.d_attn, c.d_model, bias=c.bias, members=members)
+        d_kv, linear = c.n_kv_head * c.d_head, make_linear(c, "attn", members)
+        self.q = linear(c.d_model, c.d_attn)
+        self.k = linear(c.d_model, d_kv)
+        self.v = linear(c.d_model, d_kv)
+        self.o = linear(c.d_attn, c.d_model)
         self.q_norm = self.k_norm = None
         if c.qk_norm:
             self.q_norm = make_norm(c.norm, c.d_head, bias=False, members=members)
@@ -102,10 +110,10 @@ class MLP(nn.Module):
 
     def __init__(self, c: GPTConfig, members: int | None) -> None:
         super().__init__()
-        self.f = ACTIVATIONS[c.activation]
-        self.gate = Linear(c.d_model, c.d_ffn, bias=c.bias, members=members) if c.gated else None
-        self.up = Linear(c.d_model, c.d_ffn, bias=c.bias, members=members)
-        self.down = Linear(c.d_ffn, c.d_model, bias=c.bias, members=members)
+        self.f, linear = ACTIVATIONS[c.activation], make_linear(c, "mlp", members)
+        self.gate = linear(c.d_model, c.d_ffn) if c.gated else None
+        self.up = linear(c.d_model, c.d_ffn)
+        self.down = linear(c.d_ffn, c.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
@@ -161,6 +169,10 @@ class GPT(nn.Module):
         """Let the head share the token embedding's weight, where the config says so."""
         if self.config.tied:
             self.head.weight = self.wte.weight
+
+    def masks(self) -> dict[str, Tensor]:
+        """The static masks of the blocks' matrices by name: none at density 1."""
+        return {name: m for name, m in self.named_buffers() if name.endswith(".mask")}
 
     def apply_table(self, tables: ParamTable | Sequence[ParamTable]) -> None:
         """Put the multipliers of a table (of one table per member) in place."""

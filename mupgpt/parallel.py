@@ -48,7 +48,7 @@ def parallelize(model: GPT, config: ParallelConfig, grid: Grid, half: bool) -> N
 
 def materialize(model: GPT, device: torch.device) -> None:
     """Give a model on the meta device memory for what this process holds; values come next."""
-    assert not list(model.buffers()), "a buffer's values would be lost"
+    assert len(list(model.buffers())) == len(model.masks()), "a buffer's values would be lost"
     model.to_empty(device=device)
     model.tie()
 
@@ -104,6 +104,9 @@ def _place(layer: nn.Module, mesh: Any, **placements: Any) -> None:
     for name, p in list(layer.named_parameters(recurse=False)):
         placed = distribute_tensor(p.detach(), mesh, [placements[name]], src_data_rank=None)
         layer.register_parameter(name, nn.Parameter(placed))
+    for name, mask in list(layer.named_buffers(recurse=False)):
+        placed = distribute_tensor(mask, mesh, [placements["weight"]], src_data_rank=None)
+        layer.register_buffer(name, placed)
 
 
 def _enter(mesh: Any, placement: Any) -> Any:

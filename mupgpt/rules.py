@@ -6,7 +6,7 @@ A rule says by which power of which quantity a base value is multiplied. The qua
     m_out  fan-out ratio of the parameter
     m_d    d_model ratio
     m_L    depth ratio
-    m_rho  density ratio: the share of weights that static masks keep
+    m_rho  density ratio of the parameter: the share of its weights that a static mask keeps
     m_dh   d_head ratio
     d_head, 2L   absolute: the target's head width, twice its depth
 

@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mupgpt.axes import AXES
 from mupgpt.config import GPTConfig, Prediction, TrainConfig
 from mupgpt.flops import flops_per_token
 from mupgpt.phases import lasting
 from mupgpt.plain import ConfigError, require, to_dict
 from mupgpt.schedules import least_warmup, warmup_steps
 from mupgpt.text import align, number, show
-from mupgpt.transfer import AXES, Tuned, transfer
+from mupgpt.transfer import Tuned, transfer
 
 __all__ = ["LR_FACTORS", "MAX_SHARE", "RungPlan", "plan_rungs", "with_lr"]
 

@@ -42,7 +42,8 @@ def expected_slopes(
                   the most for hidden matrices, and −n/2 − l/2 − b for residual outputs.
     ``init``      0, unless random sums meet a multiplier made for aligned ones: logits of a random
                   readout go as w/2 − w, and q·k/d_head as h/2 − h. Both are −1/2. ``branch`` is
-                  what blocks add to the stream, multiplier included.
+                  what blocks add to the stream, multiplier included. The stream is the sum of that
+                  and of embeddings: any power between theirs will do.
     ``gradient``  the loss's derivative passes readout multiplier and readout weight (under 1/m:
                   −w), then √fan-in of each transposed matrix; norms in between cost nothing.
                   That of q and k sums random products over d_head under 1/d_head: −h/2 more.
@@ -63,7 +64,7 @@ def expected_slopes(
     gradient, update = _gradient(g), _update(g)
     slopes: dict[str, dict[str, Exponent]] = {
         "weights": _over_all(g.weights, g),
-        "init": {**_init(g)},
+        "init": _init(g),
         "change": _change(g),
         "gradient": _over_all(gradient, g),
         "update": _over_all(update, g),
@@ -147,9 +148,11 @@ def _slope(power: Power, axis: Axis) -> float:
     return sum((power.get(quantity, 0.0) for quantity in GROWS[axis]), 0.0)
 
 
-def _init(g: _Growth) -> dict[str, float]:
+def _init(g: _Growth) -> dict[str, Exponent]:
     embedded = g.weights["input"] + g.emb
-    stream = max(embedded, g.outside + g.branch + g.depth / 2)
+    branches = g.outside + g.branch + g.depth / 2
+    ends = min(embedded, branches), max(embedded, branches)
+    stream: Exponent = ends if ends[0] < ends[1] else embedded
     return {
         "emb": embedded,
         **dict.fromkeys(("q", "k", "v", "up"), g.inside),

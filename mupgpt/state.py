@@ -12,19 +12,20 @@ __all__ = ["load_model", "load_optimizer", "state_groups"]
 
 
 def state_groups(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint holds: ``model``, weights by name; ``optimizer``, moments by KEY.NAME."""
+    """What a checkpoint holds: ``model``, weights and masks by name; ``optimizer``, moments by
+    KEY.NAME."""
     moments = {
         f"{key}.{name}": value
         for name, p in _named(optimizer)
         for key, value in optimizer.state[p].items()
         if isinstance(value, Tensor) and value.shape == p.shape
     }
-    return {"model": dict(model.named_parameters()), "optimizer": moments}
+    return {"model": _state(model), "optimizer": moments}
 
 
 def load_model(model: GPT, checkpoint: Checkpoint) -> None:
     """Fill ``model``, whole or sharded; names and shapes must agree exactly."""
-    checkpoint.load("model", dict(model.named_parameters()))
+    checkpoint.load("model", _state(model))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
@@ -38,6 +39,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> 
         moments[entry] = torch.empty_like(params[name], dtype=dtype)
         optimizer.state[params[name]][key] = moments[entry]
     checkpoint.load("optimizer", moments)
+
+
+def _state(model: GPT) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **model.masks()}
 
 
 def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:

@@ -166,7 +166,6 @@ def parametrize(model: GPTConfig, base: Base, hparams: HParams, rule: str | Rule
     quantities = {
         "m_d": model.d_model / base.d_model,
         "m_L": model.n_layer / base.n_layer,
-        "m_rho": model.density / base.density,
         "m_dh": model.d_head / base.d_head,
         "d_head": float(model.d_head),
         "2L": 2.0 * model.n_layer,
@@ -206,7 +205,12 @@ def _row(
     hparams: HParams,
     rule: Rule,
 ) -> ParamRow:
-    q = {**quantities, "m_in": spec.fan_in / base.fan_in, "m_out": spec.fan_out / base.fan_out}
+    q = {
+        **quantities,
+        "m_in": spec.fan_in / base.fan_in,
+        "m_out": spec.fan_out / base.fan_out,
+        "m_rho": spec.density / base.density,
+    }
     std = [rule.init_std.get(spec.role, {}), rule.residual_out_std if spec.residual_out else {}]
     lr = [rule.lr.get(spec.role, {}), rule.block_lr if spec.in_block else {}]
     wd = rule.weight_decay.get(spec.role, {})

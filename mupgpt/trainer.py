@@ -8,6 +8,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -41,6 +42,7 @@ from mupgpt.flops import run_flops
 from mupgpt.health import activations, measure
 from mupgpt.init import init_weights
 from mupgpt.layout import count_params
+from mupgpt.memory import scheme_of
 from mupgpt.model import GPT
 from mupgpt.optim import assert_rates, make_optimizer
 from mupgpt.parallel import materialize, parallelize
@@ -122,6 +124,7 @@ class Trainer:
             on_main(lambda: stack.enter_context(_locked(self.folder)))
             stop = stack.enter_context(stop_flag())
             on_main(self._check_folder)
+            on_main(self._check_disk)
             self._build()
             done = load_newest(self.folder / "checkpoints")
             if done is not None:
@@ -285,6 +288,17 @@ class Trainer:
         whole = path.with_suffix(".json.tmp")
         whole.write_text(json.dumps(mine, indent=1), encoding="utf-8")
         whole.replace(path)
+
+    def _check_disk(self) -> None:
+        """Refuse a run whose first checkpoint could not be written, before it has cost anything."""
+        root = self.folder / "checkpoints"
+        scheme = scheme_of(self._stored, self._stored.memory)
+        need = count_params(self.config.model) * scheme.saved
+        if not checkpoints(root) and (free := shutil.disk_usage(self.folder).free) < 1.1 * need:
+            raise ConfigError(
+                f"{root}: a checkpoint of this run takes {need / GIB:.1f} GiB and "
+                f"{free / GIB:.1f} GiB are free; name a folder on a larger disk with --run"
+            )
 
     def _save(self) -> None:
         facts = {

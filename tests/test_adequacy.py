@@ -6,11 +6,11 @@ import json
 import pytest
 
 from mupgpt.adequacy import check_proxy
+from mupgpt.axes import AXES
 from mupgpt.cli import run
 from mupgpt.plain import ConfigError
 from mupgpt.presets import overlay, train_config
 from mupgpt.rules import RULES
-from mupgpt.transfer import AXES
 
 PROXY = {
     "model": {"n_layer": 4, "d_model": 128, "d_head": 32, "vocab_size": 257, "seq_len": 128},

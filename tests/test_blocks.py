@@ -311,18 +311,40 @@ def test_a_population_of_another_block_takes_the_ordinary_door(tmp_path):
 
 
 CHECKED = {
+    "alibi, κ = 2": {"positions": "alibi", "alibi_scaling": 2.0},
     "btlm": BLOCKS["btlm"],
-    "llama": {**BLOCKS["llama"], "n_head": 4, "n_kv_head": 2, "tied": True},
+    "grouped heads": {"n_head": 4, "n_kv_head": 2},
+    "llama": {**BLOCKS["llama"], "n_head": 4, "n_kv_head": 2},
+    "no biases": {"bias": False},
+    "no positions": {"positions": "none"},
     "qk-norm": {"qk_norm": True},
     "relu2": {"activation": "relu2"},
+    "rmsnorm": {"norm": "rmsnorm"},
+    "rope": {"positions": "rope"},
+    "swiglu of any width": {"activation": "swiglu", "d_ffn": 48},
 }
+WHOLE = ("btlm", "llama")  # of the others' parts
+
+
+@pytest.mark.parametrize(
+    "block", [b if b in WHOLE else pytest.param(b, marks=slow) for b in CHECKED]
+)
+def test_each_block_passes_its_check_under_mup_alone(block):
+    sizes = {"sizes": (32, 64, 128), "seeds": range(4), "shape": CHECKED[block]}
+    check = coord_check("mup", **sizes)
+    assert check.passed and not check.suspects, str(check)
+    control = coord_check("sp", **sizes)
+    assert not control.passed
+    assert {"lr.hidden", "forward.readout", "init_std.hidden"} <= set(control.suspects)
 
 
 @slow
 @pytest.mark.parametrize("block", CHECKED)
-def test_mup_holds_for_each_block(block):
-    check = coord_check("mup", sizes=(32, 64, 128), seeds=range(4), shape=CHECKED[block])
+def test_each_block_passes_over_depth_under_completep_alone(block):
+    sizes = {"axis": "depth", "sizes": (2, 4, 8), "seeds": range(4), "shape": CHECKED[block]}
+    check = coord_check("completep", **sizes)
     assert check.passed and not check.suspects, str(check)
+    assert "lr.hidden" in coord_check("mup", **sizes).suspects
 
 
 @slow

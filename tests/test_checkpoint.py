@@ -17,6 +17,7 @@ from mupgpt.checkpoint import (
     Checkpoint,
     CheckpointError,
     Writer,
+    _host_memory,
     checkpoints,
     load_newest,
     save,
@@ -158,6 +159,30 @@ def test_the_background_writes_what_the_state_was(tmp_path, monkeypatch):
         assert verify(tmp_path / "step-00000001")
     for name, tensor in tensors(1).items():
         assert torch.equal(load_newest(tmp_path).tensors("model")[name], tensor)
+
+
+def test_without_room_for_a_copy_the_run_waits(tmp_path, monkeypatch):
+    """13B's state beside 128 GB of host memory: written from where it is, file by file."""
+    monkeypatch.setattr("mupgpt.checkpoint._host_memory", lambda: 3 * 4800)
+    monkeypatch.setattr("mupgpt.checkpoint.PART", 2 * 4800)
+    state = tensors(1)  # of 4800 bytes each
+    with Writer(tmp_path, keep=2) as writer:
+        writer.save(1, {"model": state}, {})
+        found = load_newest(tmp_path)  # it stands when `save` returns
+        assert sorted(found.manifest["files"]) == ["model-part1.safetensors", "model.safetensors"]
+        assert max(f["size"] for f in found.manifest["files"].values()) < 2 * 4800 + 500
+        for name, tensor in state.items():
+            assert torch.equal(found.tensors("model")[name], tensor)
+        monkeypatch.setattr("mupgpt.checkpoint.save_file", refuse)
+        writer.save(2, {"model": state}, {})  # as in the background: said by the next one
+        with pytest.raises(CheckpointError, match="disk full"):
+            writer.wait()
+    assert load_newest(tmp_path).step == 1
+
+
+def test_the_machine_says_how_much_memory_is_left():
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < _host_memory() < total
 
 
 def test_one_is_written_at_a_time_and_leaving_waits(tmp_path):

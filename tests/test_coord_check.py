@@ -261,12 +261,34 @@ def test_rules_of_depth_pass_over_depth(rule):
     assert deep(rule).passed and not deep(rule).suspects, str(deep(rule))
 
 
-@pytest.mark.parametrize("rule", ["mup", pytest.param("sp", marks=slow)])
+@pytest.mark.parametrize("rule", ["mup", "sp", "cerebras", "supar"])
 def test_depth_needs_its_own_rule(rule):
     """1/√(2L) at initialization is not enough: the steps of all layers add up."""
     assert set(deep(rule).suspects) == STEPS
     assert ("depth", "change", "residual.last") in off(deep(rule))
     assert change(deep(rule), "residual.last") > 0.3
+
+
+COMPLETEP = RULES["completep"]
+DEEP = {  # completep's depth part with the width part of another optimizer
+    "mup-lion": dataclasses.replace(COMPLETEP, optimizer="lion"),
+    "mup-muon": dataclasses.replace(COMPLETEP, optimizer="muon", lr={}, weight_decay={}),
+    "mup-sgd": dataclasses.replace(
+        RULES["mup-sgd"],
+        residual_out_std={},
+        forward=COMPLETEP.forward,
+        block_lr={"m_L": 1},  # undoes the 1/m_L of the gradient
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", DEEP)
+def test_every_optimizer_needs_and_has_a_depth_part(rule):
+    """Width rules of SGD, Lion and Muon fail over depth as Adam's does; with 1/m_L they pass."""
+    assert set(deep(rule).suspects) == STEPS
+    assert change(deep(rule), "residual.last") > 0.15
+    check = coord_check(DEEP[rule], **DEPTH)
+    assert check.passed and not check.suspects, str(check)
 
 
 def test_minicpm_is_half_a_rule_of_depth():
@@ -291,7 +313,6 @@ def test_branches_are_lazy_at_half_the_depth_exponent():
     assert "-0.5 … +0.0" in str(deep("depth-mup"))
 
 
-COMPLETEP = RULES["completep"]
 PLANTED_DEPTH = {
     "forward.residual": {"forward": {**ATTN, **READOUT}},
     "residual_out_std": {"residual_out_std": {"m_L": 0.5}},
@@ -329,28 +350,6 @@ def test_epsilon_over_width_must_shrink_outside_blocks_too():
     assert ("d_head fixed", "damping", "input") in off(paper)
     everywhere = coord_check("completep-eps", hparams=HUGE_EPS, **SMALL)
     assert {(s, probe) for s, _, probe in off(everywhere)} <= {("n_head fixed", "qk")}
-
-
-def masked(model, table, seeds):
-    """Static masks: dropped weights of hidden matrices start at zero and get no gradient."""
-    init_weights(model, table, seeds)
-    for i, (name, p) in enumerate(model.named_parameters()):
-        if table.rows[name].role == "hidden":
-            draw = torch.rand(p.shape, generator=torch.Generator().manual_seed(i))
-            mask = (draw < model.config.density).float()
-            p.data.mul_(mask)
-            p.register_hook(mask.mul)
-
-
-@slow
-def test_supar_over_density(monkeypatch):
-    """It passes; under mup sparser models have smaller activations and smaller changes."""
-    monkeypatch.setattr("mupgpt.probes.init_weights", masked)
-    density = {"axis": "density", "sizes": (0.125, 0.25, 1.0), "seeds": range(4)}
-    assert coord_check("supar", **density).passed
-    mup = coord_check("mup", **density)
-    assert set(mup.suspects) == {"lr.hidden", "init_std.hidden"}
-    assert change(mup, "residual.last") > 0.5
 
 
 def test_exponents_of_mup():
@@ -402,6 +401,7 @@ def test_exponents_of_completep_over_depth():
     slopes = expected_slopes(COMPLETEP, "depth", d_head_grows=False, tied=True)
     assert set(slopes["update"].values()) == {0.0}
     assert slopes["init"].pop("branch") == -1.0 and slopes["change"].pop("branch") == -1.0
+    assert slopes["init"].pop("residual.last") == (-0.5, 0.0)  # √depth / depth, or embeddings
     assert set(slopes["init"].values()) == set(slopes["change"].values()) == {0.0}
     inside = ("hidden", "qk", "residual_out", "bias", "norm")
     assert {slopes["gradient"][kind] for kind in inside} == {-1.0}

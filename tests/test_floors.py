@@ -13,7 +13,7 @@ import mupgpt
 ROOT = Path(mupgpt.__file__).parent
 FLOORS = {
     0: "plain config text memory plan presets layout rules slopes table flops schedules scaling "
-    "transfer adequacy phases rungs",
+    "transfer choices axes adequacy phases rungs",
     1: "cpu layers positions losses lean recompute model init optim shards interop",
     2: "data checkpoint distributed parallel state tracking progress stopping bundled",
     3: "training population trainer branch generate coord_check module_check probes runfolders "

@@ -91,6 +91,42 @@ def test_masters_are_adamws_bit_for_bit():
         assert torch.equal(p, q.bfloat16()), name
 
 
+def is_rounded(x, stored):
+    """``stored`` (bf16) is one of the two neighbours of ``x`` (fp32)."""
+    low = x.view(torch.int32) & -0x10000
+    ends = [bits.view(torch.float32) for bits in (low, low + 0x10000)]
+    return bool(((stored == ends[0]) | (stored == ends[1])).all())
+
+
+@pytest.mark.parametrize("memory", ["split", "lean"])
+def test_each_step_is_adamws_from_what_is_stored(memory):
+    """With bf16 moments, too: masters bit for bit, all that is rounded to a neighbour."""
+    model = half_model()
+    ours = make_optimizer(model, TABLE, memory)
+    ours.slice_size = 100
+    for step in range(6):
+        reference = GPT(SHAPE)
+        theirs = torch.optim.AdamW(param_groups(reference, TABLE), foreach=False, fused=False)
+        gradients(model, step)
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            state = ours.state[p]
+            whole = join(p.detach(), state["remainder"]) if "remainder" in state else p.float()
+            q.data, q.grad = whole.detach().clone(), p.grad.float()
+            if step:
+                stored = {key: state[key].float() for key in ("exp_avg", "exp_avg_sq")}
+                theirs.state[q] = {"step": torch.tensor(float(step)), **stored}
+        ours.step()
+        theirs.step()
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            state = ours.state[p]
+            if memory == "split":
+                assert torch.equal(join(p.detach(), state["remainder"]), q.detach())
+            else:
+                assert is_rounded(q.detach(), p.detach())
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert is_rounded(theirs.state[q][key], state[key])
+
+
 def test_slices_change_nothing():
     results = []
     for size in (2**24, 100, 7):

@@ -141,12 +141,12 @@ WORDY = {**SMALL, "d_model": 128, "vocab_size": 50257}  # its loss is computed i
 STATE = {**SMALL, "n_layer": 3, "d_model": 512, "vocab_size": 300, "seq_len": 32}
 
 
-def against_trace(model, memory, way, accumulate, gpus, batch_size=8):
-    run = config(model, memory=memory, parallel={"checkpointing": way},
+def against_trace(model, memory, way, accumulate, gpus, batch_size=8, tensor=1, rel=0.03):
+    run = config(model, memory=memory, parallel={"checkpointing": way, "tensor": tensor},
                  accumulate=accumulate, batch_size=batch_size)  # fmt: skip
     planned = max(moments(run, memory, way, gpus), key=lambda need: need.total)
     traced = trace_peak(run, gpus)
-    assert planned.total == pytest.approx(traced["Total"], rel=0.03)
+    assert planned.total == pytest.approx(traced["Total"], rel=rel)
     kinds = {kind.split()[-1].lower(): size for kind, size in traced.items()}
     kept = planned.parts["weights"]
     sharded = "parameter" not in kinds
@@ -180,9 +180,34 @@ def test_plan_and_trace_agree_everywhere(model, memory, way, accumulate, gpus):
 
 
 @pytest.mark.slow
-def test_plan_and_trace_agree_on_13b():
-    """12.85 billion parameters on one device, without any."""
-    against_trace(BIG, "split", "full", 1, gpus=1, batch_size=4)
+@pytest.mark.parametrize(
+    ("model", "memory", "way", "gpus", "tensor"),
+    [
+        (SMALL, "exact", "none", 2, 2),
+        (SMALL, "split", "selective", 4, 2),
+        (LLAMA, "lean", "full", 4, 2),
+        (STATE, "split", "full", 4, 2),
+        (STATE, "split", "full", 8, 1),
+        (STATE, "lean", "none", 4, 1),
+        ({**LLAMA, "n_kv_head": 2}, "lean", "selective", 2, 1),
+        ({**SMALL, "positions": "alibi"}, "split", "full", 2, 1),
+    ],
+)
+def test_plan_and_trace_agree_on_grids(model, memory, way, gpus, tensor):
+    against_trace(model, memory, way, 1, gpus, tensor=tensor, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("memory", "gpus", "batch_size"), [("split", 1, 4), ("exact", 8, 16)])
+def test_plan_and_trace_agree_on_13b(memory, gpus, batch_size):
+    """12.85 billion parameters on one device, and on eight, without any."""
+    against_trace(BIG, memory, "full", 1, gpus, batch_size)
+
+
+def test_a_slice_is_of_what_a_device_holds():
+    needs = (moments(config(STATE, memory="split"), "split", "full", gpus) for gpus in (1, 8))
+    one, eight = (next(n.parts["slices"] for n in ns if n.moment == "optimizer") for ns in needs)
+    assert one == 8 * eight
 
 
 def counted(shape, monkeypatch):

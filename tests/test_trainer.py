@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,6 +193,14 @@ def test_13b_is_refused_here_before_it_is_built():
     message = r"parameters need 191 GiB .* has \d+ GiB; take a smaller"
     with pytest.raises(ConfigError, match=message):
         Trainer(big, "run")
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_said_first(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=80_000))
+    with pytest.raises(ConfigError, match=r"takes 0\.0 GiB and 0\.0 GiB are free; .* --run"):
+        Trainer(config(), tmp_path / "run").fit()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_bf16_is_refused_on_a_cpu(tmp_path):

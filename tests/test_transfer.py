@@ -7,12 +7,13 @@ import tomllib
 
 import pytest
 
+from mupgpt.axes import AXES
 from mupgpt.config import TrainConfig
 from mupgpt.plain import ConfigError
 from mupgpt.presets import PRESETS, overlay, train_config
 from mupgpt.rules import RULES
 from mupgpt.table import parametrize
-from mupgpt.transfer import AXES, Tuned, Uncertainty, decay_time, transfer
+from mupgpt.transfer import Tuned, Uncertainty, decay_time, transfer
 
 PROXY = {
     "model": "proxy-32", "steps": 100, "hparams": {"weight_decay": 0.1},

@@ -276,7 +276,7 @@ def test_halving_stops_the_worse_and_counts_them():
     assert len(survived) == 3
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "qmc", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "carbs", "qmc", "random"])
 def test_every_sampler_fills_the_space(sampler, monkeypatch):
     """No point is drawn twice, over several populations and a second session."""
     monkeypatch.setattr(worker_module, "COLUMN_TOKENS", 4 * 64)  # four columns a population

@@ -33,7 +33,8 @@ def check_proxy(
         json: Print machine-readable data.
     """
     from mupgpt.adequacy import check_proxy as check
-    from mupgpt.transfer import AXES, transfer
+    from mupgpt.axes import AXES
+    from mupgpt.transfer import transfer
 
     proxy, seeds = _proxy(spec, cell)
     target = transfer(proxy, read_config(to), accept=AXES).config

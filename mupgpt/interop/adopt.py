@@ -92,7 +92,6 @@ class Adopted:
             "m_d": readout_ratio(self.reading, specs),
             "m_L": now / before,
             "2L": 2.0 * now,
-            "m_rho": 1.0,
             "m_dh": 1.0,
         }
         if self.d_head is not None:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mupgpt.axes import axes_between
 from mupgpt.data import load_corpus
 from mupgpt.progress import Progress
 from mupgpt.rungs import LR_FACTORS, RungPlan, train_flops
 from mupgpt.stopping import stop_flag
 from mupgpt.text import align, show
-from mupgpt.transfer import axes_between
 from mupgpt.tuning.curves import Curve, half_width
 from mupgpt.tuning.ladder import Rung, run_rung
 from mupgpt.tuning.study import penalized

@@ -157,8 +157,9 @@ def make_sampler(config: StudyConfig, salt: str = "") -> BaseSampler:
     if config.sampler == "gp":
         return GPSampler(seed=seed)
     if config.sampler == "carbs":
-        # All trials share their seeds and data: to repeat one would only cost.
-        return CarbsSampler(seed=seed, resample_every=0)
+        # A study's trials have one shape and one length: their seconds differ by chance alone. They
+        # share seeds and data: to repeat one would tell nothing.
+        return CarbsSampler(seed=seed, cost_key=None, resample_every=0)
     if config.sampler == "qmc":
         # One scrambled sequence for all workers: they share its index through the storage.
         with quiet():

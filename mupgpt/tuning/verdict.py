@@ -2,11 +2,12 @@
 
 For each seed and size the optimum of a hyperparameter is read off its curve (`curves`). The drift
 is one slope of these optima against log2 of the size per seed; its interval is Student's t over the
-seeds. The regret is what the smallest size's optimum costs at the largest.
+seeds. The regret is what the smallest size's optimum costs at the largest (for density, the
+largest's at the smallest).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,13 @@ class Drift:
     rule: str
     hparam: str
     sizes: tuple[float, ...]
+    """From the proxy's to the target's: ascending, but masks are tuned dense."""
     optimum: Mapping[float, tuple[float, ...]]
     """Size → log2 of the optimum of each seed."""
     shifts: tuple[float, ...]
     """Slope of each seed, octaves per doubling of the size."""
     regrets: tuple[float, ...]
-    """Relative excess loss at the largest of each seed, with the smallest's optimum."""
+    """Relative excess loss at the last size of each seed, with the first one's optimum."""
     best_loss: Mapping[float, float]
     """Size → lowest loss, mean over seeds."""
     open_sizes: tuple[float, ...]
@@ -126,9 +128,12 @@ class Drift:
             "verdict": self.verdict,
         }
 
-    def line(self, judged: str) -> str:
-        """One row of the printed table."""
-        optima = "".join(f"{np.mean(self.optimum[s]):>11.2f}" for s in self.sizes)
+    def line(self, judged: str, heads: Sequence[str]) -> str:
+        """One row of the printed table, below the ``heads`` of its sizes."""
+        optima = "".join(
+            f"{np.mean(self.optimum[s]):>{len(head)}.2f}"
+            for s, head in zip(self.sizes, heads, strict=True)
+        )
         shift = f"{self.shift:+.2f} ± {half_width(self.shifts):.2f}"
         regret = f"{100 * self.regret:.2f} %"
         return f"{self.rule:<18}{optima}{shift:>28}{regret:>9}  {judged}"
@@ -225,14 +230,16 @@ class Verdict:
 
     def __str__(self) -> str:
         sizes = self.rules[self.rule].sizes
-        head = "".join(f"{f'{self.axis} {s:g}':>11}" for s in sizes)
+        heads = [f"  {self.axis} {s:g}".rjust(11) for s in sizes]
         lines = []
         for key, by_rule in self.drifts.items():
             name = f"log2 {key.removeprefix('hparams.')}"
-            lines.append(f"{name:<18}{head}{'shift per doubling, 95 %':>28}{'regret':>9}  verdict")
+            lines.append(
+                f"{name:<18}{''.join(heads)}{'shift per doubling, 95 %':>28}{'regret':>9}  verdict"
+            )
             for rule, drift in by_rule.items():
-                tested = rule == self.rule
-                lines.append(drift.line(drift.verdict if tested else f"(control: {drift.verdict})"))
+                verdict = drift.verdict if rule == self.rule else f"(control: {drift.verdict})"
+                lines.append(drift.line(verdict, heads))
         seeds = len(self.rules[self.rule].shifts)
         lines.append(
             f"{self.rule}: {self.verdict} at ±{self.tolerance} octaves per doubling, "
@@ -269,7 +276,10 @@ def judge(
     require(tolerance > 0, "tolerance", tolerance, "be > 0")
     require(bool(curves) and all(curves.values()), "curves", curves, "hold at least one rule")
     drifts = {
-        key: {name: _drift(name, key, sizes, tolerance) for name, sizes in by_rule.items()}
+        key: {
+            name: _drift(name, key, sizes, tolerance, axis == "density")
+            for name, sizes in by_rule.items()
+        }
         for key, by_rule in curves.items()
     }
     names = list(next(iter(drifts.values())))
@@ -304,8 +314,10 @@ def load_verdict(path: Path, tolerance: float | None = None) -> Verdict:
         raise ConfigError(f"{path} is no verdict: {error}") from error
 
 
-def _drift(rule: str, hparam: str, curves: Mapping[float, Curve], tolerance: float) -> Drift:
-    sizes = tuple(sorted(curves))
+def _drift(
+    rule: str, hparam: str, curves: Mapping[float, Curve], tolerance: float, falls: bool
+) -> Drift:
+    sizes = tuple(sorted(curves, reverse=falls))
     if len(sizes) < 2:
         raise ConfigError(f"rule {rule}: one size only ({sizes}); a drift needs at least two")
     optima = {s: curves[s].optima() for s in sizes}
