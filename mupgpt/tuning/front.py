@@ -84,8 +84,8 @@ def front_laws(
     points are the best ones found, not the best there are: a hyperparameter to which the loss is
     nearly blind has an exponent nearer to 0 than its optimum's, since the search did not have to
     move it. Standard errors take the points for independent, which neighbours on a front are not:
-    so read them as too small (the slow test allows for it). Raises `ConfigError` for fewer than three points, and
-    `ValueError` from the fits.
+    read them as too small (the slow test allows for it). Raises `ConfigError` for fewer than three
+    points, and `ValueError` from the fits.
 
     >>> study, lr = optuna.create_study(), optuna.distributions.FloatDistribution(1e-3, 1, log=True)
     >>> for cost in (1.0, 4.0, 16.0, 64.0):
