@@ -12,7 +12,16 @@ from functools import lru_cache
 from mupgpt.config import GPTConfig, TrainConfig
 from mupgpt.layout import count_params, layout
 
-__all__ = ["CHECKPOINTING", "CHUNK", "SCHEMES", "SLICE", "Need", "Scheme", "moments"]
+__all__ = [
+    "CHECKPOINTING",
+    "CHUNK",
+    "SCHEMES",
+    "SLICE",
+    "Need",
+    "Scheme",
+    "count_masked",
+    "moments",
+]
 
 SLICE = 2**24
 """Elements that a sixteen-bit optimizer holds in fp32 at a time."""
@@ -120,17 +129,17 @@ def moments(config: TrainConfig, memory: str, checkpointing: str, gpus: int = 1)
     tokens = max(-(-phase.batch_size // rows) * phase.seq_len for phase in config.course)
     w, scheme, n = _widths(config, memory), scheme_of(config, memory), count_params(whole) / gpus
     several, first_time = config.accumulate > 1, config.accumulate == 1
-    cached = _linears(m) - _masked(m)  # autocast keeps copies of parameters, not of products
+    cached = _linears(m) - count_masked(m)  # autocast keeps copies of parameters, not of products
     state = {
         "weights": n * scheme.weights,
         "remainder": n * scheme.remainder,
         "moments": n * scheme.moments,
-        "masks": _masked(m),  # not divided by FSDP2
+        "masks": count_masked(m),  # not divided by FSDP2
         "bf16 copies": w.autocast * w.compute * (cached * (gpus == 1) + _head(m, tokens)),
     }
     early, late, at_last = _gathered(m, w) if gpus > 1 else (0.0, 0.0, 0.0)
     gradients, head = n * scheme.gradients, m.vocab_size * m.d_model / gpus * scheme.gradients
-    products = w.compute * _masked(m) / m.n_layer  # W∘M of one block
+    products = w.compute * count_masked(m) / m.n_layer  # W∘M of one block
     kept, all_of_it = (
         tokens * _kept(m, w, mode) + products * (mode == "none") for mode in (checkpointing, "none")
     )
@@ -207,7 +216,7 @@ def _linears(m: GPTConfig) -> int:
 
 
 @lru_cache(maxsize=8)
-def _masked(m: GPTConfig) -> int:
+def count_masked(m: GPTConfig) -> int:
     """Elements of all matrices with a mask."""
     return int(sum(math.prod(p.shape) for p in layout(m) if p.density < 1))
 

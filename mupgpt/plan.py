@@ -9,7 +9,7 @@ from typing import Any
 from mupgpt.config import TrainConfig
 from mupgpt.flops import flops_per_token, run_flops
 from mupgpt.layout import count_params
-from mupgpt.memory import CHECKPOINTING, SCHEMES, Need, moments, scheme_of
+from mupgpt.memory import CHECKPOINTING, SCHEMES, Need, count_masked, moments, scheme_of
 from mupgpt.plain import ConfigError, require
 from mupgpt.text import align
 
@@ -84,12 +84,15 @@ class Plan:
     @property
     def state_gib(self) -> dict[str, float]:
         """State by part on each device, GiB; what a step adds is in ``options``."""
-        return {k: v / self.machine.gpus / GIB for k, v in state_bytes(self.stored).items()}
+        whole = {"masks": 1}  # FSDP2 does not divide them
+        gpus = self.machine.gpus
+        return {k: v / whole.get(k, gpus) / GIB for k, v in state_bytes(self.stored).items()}
 
     @property
     def checkpoint_gib(self) -> float:
-        """Weights and moments, on disk."""
-        return self.n_params * scheme_of(self.stored, self.stored.memory).saved / GIB
+        """Weights, masks and moments, on disk."""
+        saved = self.n_params * scheme_of(self.stored, self.stored.memory).saved
+        return (saved + count_masked(self.config.model)) / GIB
 
     def batch(self) -> dict[str, int]:
         """How a step's sequences are divided, in the first phase."""
@@ -167,7 +170,9 @@ def _rows(found: tuple[Option, ...]) -> Iterator[tuple[str, ...]]:
 
 
 def state_bytes(config: TrainConfig) -> dict[str, int]:
-    """Bytes of the whole run's weights, gradients and moments, by part; ``auto`` counts as exact.
+    """Bytes of the whole run's weights, masks, gradients and moments, by part.
+
+    ``memory = "auto"`` counts as exact.
 
     >>> from mupgpt.presets import train_config
     >>> lean = train_config({"model": "cerebras-gpt-13b", "memory": "lean"})
@@ -177,6 +182,7 @@ def state_bytes(config: TrainConfig) -> dict[str, int]:
     scheme = scheme_of(config, "exact" if config.memory == "auto" else config.memory)
     parts = ("weights", "remainder", "gradients", "moments")
     sizes = {part: count_params(config.model) * getattr(scheme, part) for part in parts}
+    sizes["masks"] = count_masked(config.model)
     return {part: size for part, size in sizes.items() if size}
 
 

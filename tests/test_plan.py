@@ -34,6 +34,16 @@ def test_state_of_13b(memory, gib):
     assert sum(state_bytes(config(memory=memory)).values()) / GIB == pytest.approx(gib, abs=0.05)
 
 
+def test_masks_are_a_byte_for_each_weight_that_could_be_dropped():
+    """They are state, they lie whole on every device, and they are saved."""
+    dense, sparse = (config({"preset": "proxy-32", "density": d}) for d in (1, 0.5))
+    blocks = dense.model.n_layer * 12 * dense.model.d_model**2
+    assert state_bytes(sparse) == {**state_bytes(dense), "masks": blocks}
+    ours, theirs = (plan(c, Machine(gpus=2)) for c in (sparse, dense))
+    assert ours.state_gib["masks"] * GIB == blocks
+    assert (ours.checkpoint_gib - theirs.checkpoint_gib) * GIB == pytest.approx(blocks)
+
+
 def test_13b_on_one_gpu():
     """A proof step (8 sequences) keeps exact masters; the published batch needs the lean scheme."""
     proof = plan(config(batch_size=8))
