@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -97,10 +98,21 @@ def url(server, tmp_path):
     return server.url
 
 
+@pytest.fixture
 def machine(url):
-    """What one machine runs: joins the study and works until nothing is left."""
+    """Starts what one machine runs: joins the study and works until nothing is left."""
     command = [sys.executable, "-m", "mupgpt", "sweep", "run", "tiny.toml", "--storage", url]
-    return subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True)
+    with ExitStack() as ended:
+
+        def start():
+            child = subprocess.Popen(
+                [*command, "--workers", "1"], stderr=subprocess.PIPE, text=True
+            )
+            ended.enter_context(child)
+            ended.callback(child.kill)
+            return child
+
+        yield start
 
 
 def complete(url):
@@ -117,25 +129,24 @@ def plain(url):
     return url.replace("+psycopg", "")
 
 
-def test_machines_join_leave_and_die_and_the_budget_is_exact(url):
-    """Two machines at once, one killed in the middle, a third that joins late."""
-    first, second = machine(url), machine(url)
+def test_machines_join_leave_and_die_and_the_budget_is_exact(url, machine):
+    """Two machines that find no tables, one killed in the middle, a third that joins late."""
+    first, second = machine(), machine()
     wait_until(lambda: complete(url) >= 2, first)
     second.kill()
-    late = machine(url)
+    late = machine()
     for child in (first, late):
         said = child.communicate()[1]
         assert child.returncode == 0, said
-    second.communicate()
     study = Sweep.open("tiny", url).studies()["tiny"]
     done = [t for t in study.trials if t.state.name == "COMPLETE"]
     assert len(done) == 24 and "WAITING" not in states(study) and "RUNNING" not in states(study)
     assert len({tuple(sorted(t.params.items())) for t in done}) == 24
 
 
-def test_ten_seconds_without_the_database(url, server):
+def test_ten_seconds_without_the_database(url, server, machine):
     """The server goes away in the middle of training and comes back: nobody notices but the log."""
-    child = machine(url)
+    child = machine()
     wait_until(lambda: complete(url) >= 2, child)
     server.stop()
     time.sleep(10)

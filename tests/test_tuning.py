@@ -449,7 +449,7 @@ def test_journal_storage_is_accepted():
 
 
 SLOW = overlay(
-    RAW, {"study": {"trials": 24, "seeds": [0]}, "train": {"steps": 60, "batch_size": 64}}
+    RAW, {"study": {"trials": 24, "seeds": [0]}, "train": {"steps": 200, "batch_size": 64}}
 )  # eight columns a population, so that there is always one in hand
 RUN = [sys.executable, "-m", "mupgpt", "sweep", "run", "tiny.toml", "--workers", "2"]
 

@@ -1,6 +1,7 @@
 """Optuna's own storages, opened for sweeps: with heartbeats, and patient with their database."""
 
 import functools
+import random
 import sqlite3
 import sys
 import time
@@ -14,7 +15,7 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from sqlalchemy import event
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, ProgrammingError
 
 from mupgpt.plain import ConfigError
 
@@ -108,19 +109,31 @@ def open_storage(url: str, heartbeat: int = 10) -> BaseStorage:
                 database.execute("PRAGMA journal_mode=WAL")
             database.close()
         with quiet():
-            storage = PatientStorage(
-                url,
-                engine_kwargs=options,
-                heartbeat_interval=heartbeat,
-                grace_period=MISSED_BEATS * heartbeat,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRY),
-            )
+            storage = _connect(url, options, heartbeat)
         if sqlite:
             event.listen(storage.engine, "connect", _no_waiting_for_the_disk)
             storage.engine.dispose()
         return storage
     except Exception as error:
         raise ConfigError(f"cannot open storage {url!r}: {_reason(error)}") from error
+
+
+def _connect(url: str, options: dict[str, Any], heartbeat: int) -> PatientStorage:
+    """The storage; tried again where another process makes the same tables at the same moment."""
+    connect = functools.partial(
+        PatientStorage,
+        url,
+        engine_kwargs=options,
+        heartbeat_interval=heartbeat,
+        grace_period=MISSED_BEATS * heartbeat,
+        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRY),
+    )
+    for attempt in range(4):
+        try:
+            return connect()
+        except (IntegrityError, ProgrammingError, StorageInternalError):
+            time.sleep(0.2 * 2**attempt * (1 + random.random()))
+    return connect()
 
 
 def _no_waiting_for_the_disk(connection: sqlite3.Connection, _record: Any) -> None:

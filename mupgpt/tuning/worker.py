@@ -61,6 +61,20 @@ def fill(sweep: Sweep) -> None:
             for params in (_default(sweep, cell), *_earlier(sweep, cell)):
                 if params:
                     study.enqueue_trial(params, skip_if_exists=True)
+        _drop_doubles(sweep, study)
+
+
+def _drop_doubles(sweep: Sweep, study: optuna.Study) -> None:
+    """Of what two machines queued at the same moment, leave the first by number."""
+    seen: list[dict[str, Any]] = []
+    for trial in study.get_trials(deepcopy=False):
+        fixed = trial.system_attrs.get("fixed_params")
+        if fixed is None or trial.state == TrialState.FAIL:
+            continue
+        if fixed in seen and trial.state == TrialState.WAITING:
+            with suppress(UpdateFinishedTrialError):
+                sweep.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        seen.append(fixed)
 
 
 def reclaim(sweep: Sweep, study: optuna.Study) -> None:
