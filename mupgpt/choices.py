@@ -53,10 +53,15 @@ def _batch_ratio(source: TrainConfig, target: TrainConfig) -> float:
     return target.tokens_per_step / source.tokens_per_step
 
 
+def _needs_adam(target: TrainConfig, name: str) -> None:
+    has = get_rule(target.rule).optimizer == "adamw"
+    remedy = f"be left out: it is Adam's, and rule {target.rule} has another optimizer"
+    require(has, "choose", name, remedy)
+
+
 def _square_root(source: TrainConfig, target: TrainConfig) -> TrainConfig:
     """lr·√κ, 1 − κ(1 − β) for both β, ε/√κ."""
-    require(get_rule(target.rule).optimizer == "adamw", "choose", "batch-sqrt",
-            f"be left out: it is Adam's, and rule {target.rule} has another optimizer")  # fmt: skip
+    _needs_adam(target, "batch-sqrt")
     ratio, hp = _batch_ratio(source, target), target.hparams
     forget = {beta: ratio * (1 - getattr(hp, beta)) for beta in ("beta1", "beta2")}
     for beta, value in forget.items():
@@ -73,8 +78,15 @@ def _square_root(source: TrainConfig, target: TrainConfig) -> TrainConfig:
 
 def _half_life(source: TrainConfig, target: TrainConfig) -> TrainConfig:
     """β₂^κ: as many tokens until a squared gradient counts half."""
-    ratio = _batch_ratio(source, target)
-    beta2 = target.hparams.beta2**ratio
+    _needs_adam(target, "batch-half-life")
+    ratio, old = _batch_ratio(source, target), target.hparams.beta2
+    beta2 = old**ratio
+    if beta2 < 0.5 <= old:
+        raise ConfigError(
+            f"choose = 'batch-half-life': {ratio:g} times the tokens a step would take "
+            f"hparams.beta2 from {old:g} to {beta2:.2g}, an average over less than one step: "
+            "sweep at a batch nearer to the target's"
+        )
     return replace(target, hparams=replace(target.hparams, beta2=beta2))
 
 
@@ -124,7 +136,9 @@ CHOICES: dict[str, Choice] = {
             axes=("steps",),
             says="λ moved to keep lr·λ·steps",
             source="arXiv 2405.13698",
-            reach="AdamW's averaging time stays the same share of the run. The best share itself"
+            reach="Where the rule keeps lr·λ over width (`mup`), AdamW's averaging time stays the"
+            " same share of the run; where it does not (`cerebras`), that of the blocks' matrices"
+            " moves against their lr. The best share itself"
             " falls with tokens per parameter, about as their power −0.53 (arXiv 2505.13738): that"
             " is not moved.",
             move=_keep_decay_time,

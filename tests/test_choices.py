@@ -85,8 +85,13 @@ def test_our_own_sweep_finds_less_than_the_square_root_and_more_than_nothing():
     assert measured.verdict == "FAIL" and measured.regret > 0.02  # what keeping lr costs at 16 × B
 
 
+def test_a_half_life_below_one_step_is_refused():
+    with pytest.raises(ConfigError, match=r"hparams\.beta2 from 0\.98 to 0\.27"):
+        plan("batch-half-life", to=TARGET | {"batch_size": 512})
+
+
 def test_the_half_life_of_squared_gradients_in_tokens():
-    for batch in (1, 32, 512):
+    for batch in (1, 32, 128):
         moved = plan("batch-half-life", to=TARGET | {"batch_size": batch})
         a, b = moved.source, moved.config
         assert tokens_to_forget(b.hparams.beta2, b) == pytest.approx(

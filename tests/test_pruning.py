@@ -29,16 +29,18 @@ def test_halving_passes_the_best_share_of_all_that_were_seen():
     config = StudyConfig(rungs=1, reduction=3)
     trials = at_rung([5.0, 1.0, 4.0, 2.0, 3.0, 6.0])
     assert passing(config, trials, [10], 10, {3, 4, 5}) == {3}  # the best 2 of 6 are 1 and 3
-    assert passing(config, trials, [10], 10, {0, 2, 5}) == {2}  # none is; the best of them goes on
+    assert passing(config, trials, [10], 10, {0, 2, 5}) == set()  # none of them is
     assert passing(config, trials, [10], 10, {1, 99}) == {1}  # one that did not report is left out
     assert passing(config, trials, [10], 10, {99}) == set()
+    trials[1].state = TrialState.FAIL  # given back: its retry stands for it
+    assert passing(config, trials, [10], 10, {2, 3}) == {3}
 
 
 def test_the_median_passes_the_better_half():
     config = StudyConfig(rungs=1, pruner="median")
     trials = at_rung([5.0, 1.0, 4.0, 2.0, 3.0])
     assert passing(config, trials, [10], 10, {0, 1, 2, 3, 4}) == {1, 3, 4}
-    assert passing(config, trials, [10], 10, {0, 2}) == {2}
+    assert passing(config, trials, [10], 10, {0, 2}) == set()
 
 
 def test_hyperband_judges_each_bracket_by_itself_and_from_its_own_rung():
@@ -83,3 +85,12 @@ def test_a_warm_start_from_nothing_is_refused():
         run_sweep(spec(study={"warm_start": "nowhere"}), workers=1)
     with pytest.raises(ConfigError, match=r"study\.warm_start"):
         spec(study={"warm_start": "tiny", "sampler": "grid"})
+
+
+def test_a_misspelled_warm_start_leaves_nothing_behind():
+    """Corrected, the same sweep starts: the name was refused before anything was written."""
+    with pytest.raises(ConfigError, match="no sweep 'nowhere'"):
+        run_sweep(spec(study={"warm_start": "nowhere"}), workers=1)
+    assert len(run_sweep(spec(), workers=1).trials) == 6
+    with pytest.raises(ConfigError, match="be another sweep's name"):
+        spec(study={"warm_start": "tiny"})

@@ -112,11 +112,9 @@ def test_trials_of_a_dead_worker_of_this_machine_are_taken_at_once():
     sweep = Sweep.create(spec())
     fill(sweep)
     study = sweep.study(sweep.spec.cells[0])
-    dead = subprocess.Popen(["true"])
-    dead.wait()
     with quiet():
         lost = study.ask(sweep.spec.cells[0].search_space.distributions)
-    lost.set_user_attr("worker", f"{socket.gethostname()}:{dead.pid}")
+    lost.set_user_attr("worker", f"{socket.gethostname()}:{gone()}")
     done = run_sweep(sweep.spec, workers=1)
     assert states(done) == ["COMPLETE"] * 6
     assert lost.params in [t.params for t in done.trials if t.state == TrialState.COMPLETE]
@@ -151,6 +149,28 @@ def test_a_worker_that_died_before_it_said_who_it_is(monkeypatch):
     assert lost.params in [t.params for t in study.trials if t.state == TrialState.COMPLETE]
 
 
+def test_a_queued_point_survives_a_worker_that_died_before_it_had_its_values():
+    """Popped from the queue, without its parameters yet: the queue's point comes back."""
+    sweep = Sweep.create(spec())
+    fill(sweep)
+    study = sweep.study(sweep.spec.cells[0])
+    trial = study.get_trials(deepcopy=False)[0]
+    sweep.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+    sweep.storage.set_trial_user_attr(trial._trial_id, "worker", f"{socket.gethostname()}:{gone()}")
+    for _ in range(2):  # two that find the same dead worker queue its trial once
+        worker_module.reclaim(sweep, study)
+    again = study.get_trials(deepcopy=False)
+    assert [t.state.name for t in again] == ["FAIL", "WAITING"]
+    assert again[1].system_attrs["fixed_params"] == {"hparams.lr": 6e-3}
+    assert again[1].user_attrs["deaths"] == 1 and "worker" not in again[1].user_attrs
+
+
+def gone():
+    """The number of a process that has ended."""
+    with subprocess.Popen(["true"]) as dead:
+        return dead.pid
+
+
 def take_everything(queue, start):
     """A worker that only takes: the numbers of the trials it got."""
     sweep = Sweep.open("tiny")
@@ -181,6 +201,16 @@ def test_no_trial_is_taken_twice():
     numbers = [n for part in taken for n in part]
     assert sorted(numbers) == list(range(60))
     assert sum(map(bool, taken)) >= 2
+
+
+def test_what_two_machines_queue_at_the_same_moment_is_tried_once():
+    sweep = Sweep.create(spec())
+    fill(sweep)
+    study = sweep.study(sweep.spec.cells[0])
+    study.enqueue_trial({"hparams.lr": 6e-3})  # the other machine had not seen ours
+    done = run_sweep(sweep.spec, workers=1)
+    values = [t.params["hparams.lr"] for t in done.trials if t.state == TrialState.COMPLETE]
+    assert len(values) == len(set(values)) == 6
 
 
 def test_two_workers_never_overshoot():

@@ -193,6 +193,15 @@ def test_an_unfinished_sweep_has_no_verdict(tmp_path):
         judge_sweep("begun")
 
 
+def test_a_sweep_that_stopped_trials_early_has_no_verdict(tmp_path):
+    (tmp_path / "text.txt").write_text("some words " * 200)
+    halved = {"sampler": "qmc", "trials": 6, "rungs": 1, "reduction": 2}
+    raw = {**TINY, "study": {**TINY["study"], **halved}, "name": "halved"}
+    run_sweep(parse_spec(raw, "x"), workers=1)
+    with pytest.raises(ConfigError, match="stopped trials early"):
+        judge_sweep("halved")
+
+
 def test_one_axis_is_judged_and_the_others_are_held(tmp_path):
     """Of four shapes each axis reads the two that differ in it alone."""
     (tmp_path / "text.txt").write_text("some words " * 200)

@@ -6,7 +6,7 @@ from wsgiref.simple_server import make_server
 
 from optuna.storages import BaseStorage
 
-from mupgpt.plain import ConfigError
+from mupgpt.plain import ConfigError, require
 
 __all__ = ["read_only_app", "serve"]
 
@@ -38,6 +38,7 @@ def read_only_app(storage: BaseStorage) -> App:
 
 def serve(storage: BaseStorage, port: int) -> None:
     """Serve the dashboard on 127.0.0.1 until interrupted; port 0 takes a free one."""
+    require(0 <= port <= 65535, "port", port, "be in 0 … 65535 (0: a free one)")
     app = read_only_app(storage)
     with make_server(HOST, port, app) as server:
         print(f"http://{HOST}:{server.server_port}/ (read-only; Ctrl-C ends it)", flush=True)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Collection, Iterable
 from itertools import accumulate
 
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from mupgpt.tuning.spec import StudyConfig
 
@@ -28,11 +28,12 @@ def passing(
 ) -> set[int]:
     """Numbers of the trials ``here`` that go on at ``rung``, one of the steps ``rungs``.
 
-    They stand at the rung together, and are judged against all ``trials`` that ever stood there;
-    the best of each judgement always passes. Optuna's own pruners judge one trial after the other,
-    so that the first of a population would pass whatever its loss.
+    They stand at the rung together, and are judged against all ``trials`` that ever stood there,
+    themselves included. Optuna's own pruners judge one trial after the other, so that the first of
+    a population would pass whatever its loss.
     """
-    there = {t.number: t.intermediate_values[rung] for t in trials if rung in t.intermediate_values}
+    stood = [t for t in trials if rung in t.intermediate_values and t.state != TrialState.FAIL]
+    there = {t.number: t.intermediate_values[rung] for t in stood}
     here = here & there.keys()  # a trial that was taken away meanwhile did not report
     if config.pruner != "hyperband":
         return _judge(config, there, here)
@@ -53,7 +54,7 @@ def _judge(config: StudyConfig, there: dict[int, float], here: Collection[int]) 
     if not here:
         return set()
     bar = BARS[config.pruner](sorted(there.values()), config.reduction)
-    return {n for n in here if there[n] <= bar} or {min(here, key=lambda n: there[n])}
+    return {n for n in here if there[n] <= bar}
 
 
 def _best_share(seen: list[float], reduction: int) -> float:
@@ -75,14 +76,14 @@ BARS: dict[str, Callable[[list[float], int], float]] = {
 def bracket(number: int, rungs: int, reduction: int) -> int:
     """The rung at which Hyperband first judges trial ``number`` (``rungs``: it never does).
 
-    Bracket s of S + 1 gets ⌈(S + 1)/(s + 1)⌉ · reduction^s parts of the trials (Li et al. 2018,
+    Bracket s of S + 1 gets ⌈(S + 1) · reduction^s / (s + 1)⌉ parts of the trials (Li et al. 2018,
     arXiv 1603.06560, algorithm 1), where s counts the judgements of a trial; a golden-ratio
     sequence spreads them evenly over the numbers, so that every population has its share.
 
     >>> counts = [bracket(i, 2, 3) for i in range(1500)]
-    >>> [counts.count(b) for b in range(3)]  # parts 9 : 6 : 3
-    [751, 499, 250]
+    >>> [counts.count(b) for b in range(3)]  # parts 9 : 5 : 3
+    [794, 442, 264]
     """
-    parts = [-(-(rungs + 1) // (s + 1)) * reduction**s for s in range(rungs, -1, -1)]
+    parts = [-(-(rungs + 1) * reduction**s // (s + 1)) for s in range(rungs, -1, -1)]
     place = number * GOLDEN % 1 * sum(parts)
     return next(b for b, end in enumerate(accumulate(parts)) if place < end)

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from mupgpt.plain import require
 from mupgpt.progress import Progress
 from mupgpt.tuning.spec import SweepSpec, load_spec
-from mupgpt.tuning.study import DONE, Sweep
+from mupgpt.tuning.study import DONE, Sweep, earlier_sweep
 from mupgpt.tuning.worker import fill, work
 
 __all__ = ["run_sweep"]
@@ -35,6 +35,8 @@ def run_sweep(
     """
     spec = load_spec(spec)
     require(workers is None or workers >= 1, "workers", workers, "be >= 1")
+    if spec.study.warm_start:  # a name that is wrong is said before anything is written
+        earlier_sweep(spec, storage)
     sweep = Sweep.create(spec, storage)
     fill(sweep)
     workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
@@ -90,7 +92,7 @@ def _spawn(sweep: Sweep, workers: int) -> None:
         ]
         _watch(sweep, children)
     failed = [i for i, child in enumerate(children) if child.returncode]
-    left = _to_begin(sweep)
+    left = _to_begin(sweep) + sweep.counts()[TrialState.RUNNING]
     if failed and left:
         first = failed[0]
         raise RuntimeError(

@@ -95,8 +95,11 @@ class SweepSpec:
     def identity(self) -> str:
         """A hash of all that decides a trial's result; the budget is not part of it."""
         data = self.to_dict()
+        usual = to_dict(StudyConfig())
         for key in ("trials", "heartbeat"):
             data["study"].pop(key)
+        # A key that a later version adds leaves the sweeps before it what they are.
+        data["study"] = {k: v for k, v in data["study"].items() if v != usual[k]}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -217,5 +220,7 @@ def _check(spec: SweepSpec) -> None:
         for key, dimension in cell.search_space.dimensions.items():
             for value in dimension.values or (dimension.low, dimension.high):
                 cell.config({key: value})
+    own = spec.study.warm_start != spec.name
+    require(own, "study.warm_start", spec.study.warm_start, "be another sweep's name")
     if spec.train.get("seed") is not None:
         raise ConfigError("train.seed: a sweep's seeds are study.seeds")

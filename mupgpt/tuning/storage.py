@@ -1,6 +1,7 @@
 """Optuna's own storages, opened for sweeps: with heartbeats, and patient with their database."""
 
 import functools
+import logging
 import random
 import sqlite3
 import sys
@@ -13,7 +14,8 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import FrozenTrial
 from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, ProgrammingError
 
@@ -25,7 +27,9 @@ __all__ = [
     "PatientStorage",
     "default_url",
     "open_storage",
+    "queue_again",
     "quiet",
+    "retry_after_death",
     "study_attrs",
 ]
 
@@ -33,6 +37,7 @@ MAX_RETRY = 2  # times that a trial is queued again after its worker died
 MISSED_BEATS = 6  # so many heartbeats late, a trial is given to another worker
 PATIENCE_S = 60.0  # how long a database may be away
 
+log = logging.getLogger("mupgpt.worker")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -118,6 +123,22 @@ def open_storage(url: str, heartbeat: int = 10) -> BaseStorage:
         raise ConfigError(f"cannot open storage {url!r}: {_reason(error)}") from error
 
 
+def queue_again(study: optuna.Study, trial: FrozenTrial, deaths: int) -> None:
+    """Queue what was begun and given up, with its values as far as they were chosen."""
+    params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+    study.enqueue_trial(params, user_attrs={"queued": True, "deaths": deaths})
+
+
+def retry_after_death(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue the trial of a dead worker again, unless too many have died on it."""
+    deaths = 1 + trial.user_attrs.get("deaths", 0)
+    if deaths <= MAX_RETRY:
+        queue_again(study, trial, deaths)
+    else:
+        log.warning("%s trial %d: %d workers died on it; it is given up",
+                    study.study_name, trial.number, deaths)  # fmt: skip
+
+
 def _connect(url: str, options: dict[str, Any], heartbeat: int) -> PatientStorage:
     """The storage; tried again where another process makes the same tables at the same moment."""
     connect = functools.partial(
@@ -126,7 +147,7 @@ def _connect(url: str, options: dict[str, Any], heartbeat: int) -> PatientStorag
         engine_kwargs=options,
         heartbeat_interval=heartbeat,
         grace_period=MISSED_BEATS * heartbeat,
-        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRY),
+        heartbeat_stale_trial_callback=retry_after_death,
     )
     for attempt in range(4):
         try:

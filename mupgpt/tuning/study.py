@@ -19,7 +19,7 @@ from mupgpt.tuning.carbs import CarbsSampler
 from mupgpt.tuning.spec import Cell, StudyConfig, SweepSpec, parse_spec
 from mupgpt.tuning.storage import default_url, open_storage, quiet, study_attrs
 
-__all__ = ["Sweep", "finished", "make_sampler", "penalized", "trials_of"]
+__all__ = ["Sweep", "earlier_sweep", "finished", "make_sampler", "penalized", "trials_of"]
 
 RUNS = Path("runs")
 COLUMN_TOKENS = 8192  # columns × tokens per step that still fit a core's share of the L3 cache
@@ -52,16 +52,16 @@ class Sweep:
     @classmethod
     def open(cls, name: str, url: str | None = None) -> "Sweep":
         """The sweep that was run under ``name`` (or in that folder, or in the storage ``url``)."""
-        folder = Path(name) if Path(name).is_dir() else RUNS / "sweeps" / name
+        folder = Path(name) if (Path(name) / "study.db").is_file() else RUNS / "sweeps" / name
         if url is None and not (folder / "study.db").is_file():
             raise ConfigError(f"no sweep {name!r} here; start it with: mupgpt sweep run {name}")
-        url = url or default_url(folder)
+        by_folder, url = url is None, url or default_url(folder)
         path = Path(url.partition(":///")[2] or url.partition(":")[2])
         if url.startswith(("sqlite", "journal:")) and not path.is_file():
             raise ConfigError(f"no sweep {name!r}: there is no file {path}")
         specs = [attrs["spec"] for attrs in study_attrs(url) if "spec" in attrs]
         for raw in specs:
-            if raw["name"] in (name, folder.name) or len(specs) == 1:
+            if raw["name"] in (name, folder.name) or (by_folder and len(specs) == 1):
                 return cls(parse_spec(raw, url), url)
         raise ConfigError(f"no sweep {name!r} in {url}; `optuna studies` lists what it holds")
 
@@ -129,6 +129,12 @@ class Sweep:
                 f"{fingerprint['sha256'][:12]}): losses would not compare; use another name"
             )
         study.set_user_attr("spec", self.spec.to_dict())
+
+
+def earlier_sweep(spec: SweepSpec, url: str | None) -> Sweep:
+    """The sweep from which ``spec`` starts warm: in the same database server, or in its folder."""
+    server = url is not None and not url.startswith("sqlite")
+    return Sweep.open(spec.study.warm_start, url if server else None)
 
 
 def _trainable(spec: SweepSpec) -> dict[str, Any]:

@@ -387,6 +387,11 @@ def _curve(study: optuna.Study, key: str) -> Curve:
             f"study {study.study_name!r} has {len(trials) - len(left)} finished points and "
             f"{len(left)} to go; let the sweep end first: mupgpt sweep run"
         )
+    if any(t.state == TrialState.PRUNED for t in trials):
+        raise ConfigError(
+            f"study {study.study_name!r} stopped trials early: a verdict needs every end; run it "
+            "again with study.rungs = 0 under another name"
+        )
     points = {t.params[key]: t.user_attrs["losses"] for t in trials}
     xs = sorted(points)
     return Curve(np.log2(xs), np.array([points[x] for x in xs]))

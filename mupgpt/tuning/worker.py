@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -32,11 +32,12 @@ from mupgpt.population import Population
 from mupgpt.stopping import stop_flag
 from mupgpt.tuning.pruning import passing, rung_steps
 from mupgpt.tuning.spec import Cell
-from mupgpt.tuning.storage import MAX_RETRY, MISSED_BEATS, quiet
+from mupgpt.tuning.storage import MISSED_BEATS, queue_again, quiet, retry_after_death
 from mupgpt.tuning.study import (
     COLUMN_TOKENS,
     DONE,
     Sweep,
+    earlier_sweep,
     finished,
     penalized,
     trials_of,
@@ -55,8 +56,7 @@ def fill(sweep: Sweep) -> None:
         study = sweep.study(cell)
         reclaim(sweep, study)
         if sweep.spec.study.sampler == "grid":
-            for point in cell.search_space.grid(cell.center()):
-                study.enqueue_trial(point, user_attrs={"queued": True}, skip_if_exists=True)
+            _queue_points(sweep, study, cell, cell.search_space.grid(cell.center()))
         elif not trials_of(sweep.storage, cell.name):
             for params in (_default(sweep, cell), *_earlier(sweep, cell)):
                 if params:
@@ -64,17 +64,35 @@ def fill(sweep: Sweep) -> None:
         _drop_doubles(sweep, study)
 
 
+def _queue_points(
+    sweep: Sweep, study: optuna.Study, cell: Cell, points: Sequence[dict[str, float]]
+) -> None:
+    """Queue those points of a grid that it lacks."""
+    trials = trials_of(sweep.storage, cell.name)
+    known = [{**t.system_attrs.get("fixed_params", {}), **t.params} for t in trials]
+    for point in points:
+        if point not in known:
+            study.enqueue_trial(point, user_attrs={"queued": True})
+
+
 def _drop_doubles(sweep: Sweep, study: optuna.Study) -> None:
     """Of what two machines queued at the same moment, leave the first by number."""
     seen: list[dict[str, Any]] = []
     for trial in study.get_trials(deepcopy=False):
         fixed = trial.system_attrs.get("fixed_params")
-        if fixed is None or trial.state == TrialState.FAIL:
+        if not fixed or trial.state == TrialState.FAIL:
             continue
         if fixed in seen and trial.state == TrialState.WAITING:
-            with suppress(UpdateFinishedTrialError):
-                sweep.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            _give_up(sweep, trial)
         seen.append(fixed)
+
+
+def _give_up(sweep: Sweep, trial: FrozenTrial) -> bool:
+    """Whether it was this call that ended the trial; another worker may be quicker."""
+    try:
+        return sweep.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    except UpdateFinishedTrialError:
+        return False
 
 
 def reclaim(sweep: Sweep, study: optuna.Study) -> None:
@@ -85,15 +103,8 @@ def reclaim(sweep: Sweep, study: optuna.Study) -> None:
     """
     grace = timedelta(seconds=MISSED_BEATS * sweep.spec.study.heartbeat)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _is_dead(trial, grace):
-            deaths = 1 + trial.user_attrs.get("deaths", 0)
-            if deaths <= MAX_RETRY:
-                study.enqueue_trial(trial.params, user_attrs={"queued": True, "deaths": deaths})
-            else:
-                log.warning("%s trial %d: %d workers died on it; it is given up",
-                            study.study_name, trial.number, deaths)  # fmt: skip
-            with suppress(UpdateFinishedTrialError):  # another worker was quicker
-                sweep.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        if _is_dead(trial, grace) and _give_up(sweep, trial):
+            retry_after_death(study, trial)
     with quiet():
         fail_stale_trials(study)
 
@@ -125,15 +136,19 @@ def _earlier(sweep: Sweep, cell: Cell) -> list[dict[str, float]]:
     config = sweep.spec.study
     if not config.warm_start:
         return []
-    url = None if sweep.url.startswith("sqlite") else sweep.url
-    studies = Sweep.open(config.warm_start, url).studies().values()
+    studies = earlier_sweep(sweep.spec, sweep.url).studies().values()
     return [_inside(cell, t.params) for s in studies for t in finished(s)[: config.warm_top]]
 
 
 def _inside(cell: Cell, params: Mapping[str, float]) -> dict[str, float]:
-    """Those values that are searched on a range and lie in it."""
-    ranges = {k: d for k, d in cell.search_space.dimensions.items() if not d.values}
-    return {k: params[k] for k, d in ranges.items() if k in params and d.low <= params[k] <= d.high}
+    """Those values that are searched and lie in the space; what it lacks is sampled."""
+    space = cell.search_space.dimensions
+    return {
+        key: params[key]
+        for key, d in space.items()
+        if key in params
+        and (params[key] in d.values if d.values else d.low <= params[key] <= d.high)
+    }
 
 
 def work(
@@ -200,7 +215,7 @@ def _work_cell(
         with _heartbeat(sweep.backend, trials):
             _train(sweep, study, cell, trials, stop)
     except BaseException:
-        _give_back(study, [t for t in trials if _state(study, t) == TrialState.RUNNING])
+        _give_back(sweep, study, [t for t in trials if _state(study, t) == TrialState.RUNNING])
         raise
     return True
 
@@ -259,8 +274,8 @@ def _extend(sweep: Sweep, study: optuna.Study, cell: Cell) -> bool:
     key = next(iter(cell.search_space.dimensions))
     points = {t.params[key]: t.user_attrs["losses"] for t in trials}
     more = cell.search_space.extension(points)
-    for point in more[: sweep.spec.study.trials - len(trials)]:
-        study.enqueue_trial(point, user_attrs={"queued": True})
+    _queue_points(sweep, study, cell, more[: sweep.spec.study.trials - len(trials)])
+    _drop_doubles(sweep, study)
     return bool(more)
 
 
@@ -268,10 +283,11 @@ def _state(study: optuna.Study, trial: optuna.Trial) -> TrialState:
     return study.get_trials(deepcopy=False)[trial.number].state
 
 
-def _give_back(study: optuna.Study, trials: Sequence[optuna.Trial]) -> None:
-    for trial in trials:  # queued before it is given up: a kill in between loses nothing
-        study.enqueue_trial(trial.params, user_attrs={"queued": True})
-        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+def _give_back(sweep: Sweep, study: optuna.Study, trials: Sequence[optuna.Trial]) -> None:
+    for trial in trials:
+        frozen = sweep.backend.get_trial(trial._trial_id)
+        if _give_up(sweep, frozen):
+            queue_again(study, frozen, frozen.user_attrs.get("deaths", 0))
 
 
 @contextmanager
@@ -297,7 +313,9 @@ def _heartbeat(storage: BaseStorage, trials: Sequence[optuna.Trial]) -> Iterator
 
 def _beat(storage: BaseStorage, trials: Sequence[optuna.Trial]) -> None:
     if isinstance(storage, RDBStorage):
-        with suppress(SQLAlchemyError):  # a busy database: the next beat is soon enough
+        with suppress(
+            SQLAlchemyError, StorageInternalError
+        ):  # a busy database: the next beat is soon enough
             for trial in trials:
                 storage.record_heartbeat(trial._trial_id)
 
@@ -328,6 +346,8 @@ def _train(
                 with _unless_taken(trials[i]):
                     study.tell(trials[i], state=TrialState.PRUNED, skip_if_finished=True)
         alive = [i for i in alive if trials[i].number in passed]
+        if not alive:
+            return
         population.keep([i * len(seeds) + s for i in alive for s in range(len(seeds))])
     _advance(population, configs[0].steps, stop)
     seconds = time.monotonic() - started
