@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -138,9 +138,11 @@ def test_machines_join_leave_and_die_and_the_budget_is_exact(url, machine):
     for child in (first, late):
         said = child.communicate()[1]
         assert child.returncode == 0, said
-    study = Sweep.open("tiny", url).studies()["tiny"]
-    done = [t for t in study.trials if t.state.name == "COMPLETE"]
-    assert len(done) == 24 and "WAITING" not in states(study) and "RUNNING" not in states(study)
+    with closing(Sweep.open("tiny", url)) as sweep:
+        study = sweep.studies()["tiny"]
+        trials, seen = study.trials, states(study)
+    done = [t for t in trials if t.state.name == "COMPLETE"]
+    assert len(done) == 24 and "WAITING" not in seen and "RUNNING" not in seen
     assert len({tuple(sorted(t.params.items())) for t in done}) == 24
 
 

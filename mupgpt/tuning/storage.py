@@ -25,6 +25,7 @@ __all__ = [
     "MAX_RETRY",
     "MISSED_BEATS",
     "PatientStorage",
+    "close_storage",
     "default_url",
     "open_storage",
     "queue_again",
@@ -168,9 +169,14 @@ def study_attrs(url: str) -> list[dict[str, Any]]:
     try:
         return [study.user_attrs for study in storage.get_all_studies()]
     finally:
-        if isinstance(storage, RDBStorage):
-            storage.remove_session()
-            storage.engine.dispose()
+        close_storage(storage)
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """Close every connection of a storage; the next call opens a new one."""
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def _reason(error: Exception) -> str:

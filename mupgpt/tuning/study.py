@@ -17,7 +17,7 @@ from mupgpt.plain import ConfigError
 from mupgpt.training import compute, pick_device
 from mupgpt.tuning.carbs import CarbsSampler
 from mupgpt.tuning.spec import Cell, StudyConfig, SweepSpec, parse_spec
-from mupgpt.tuning.storage import default_url, open_storage, quiet, study_attrs
+from mupgpt.tuning.storage import close_storage, default_url, open_storage, quiet, study_attrs
 
 __all__ = ["Sweep", "earlier_sweep", "finished", "make_sampler", "penalized", "trials_of"]
 
@@ -79,6 +79,10 @@ class Sweep:
     def storage(self) -> BaseStorage:
         """The storage behind Optuna's cache, which reads a finished trial only once."""
         return get_storage(self.backend)
+
+    def close(self) -> None:
+        """Close the connections to the database, as a long-lived process does after looking."""
+        close_storage(self.backend)
 
     def study(self, cell: Cell, salt: str = "") -> optuna.Study:
         """The study of ``cell``; a worker that asks gives its sampler a ``salt`` of its own."""
