@@ -50,10 +50,10 @@ def main() -> None:
 
 def coordinate(trials: int) -> None:
     """One sweep that trains nothing; prints its cost as JSON."""
-    import mupgpt.tuning.worker as worker
+    import mupgpt.tuning.chunk as chunk
     from mupgpt.tuning.run import run_sweep
 
-    worker.Population = Untrained  # type: ignore[assignment, misc]
+    chunk.Population = Untrained  # type: ignore[assignment, misc]
     spec = joint(trials)
     cost = timed(lambda: run_sweep(spec, workers=1))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -72,17 +72,32 @@ class Untrained:
     """Stands where a Population does, and trains nothing."""
 
     def __init__(self, configs, corpus) -> None:
-        self.members, self.step = list(range(len(configs))), 0
+        self.clocks = dict.fromkeys(range(len(configs)), 0)
         self._losses = random.Random(len(configs))
 
-    def train(self, until: int) -> None:
-        self.step = until
+    @property
+    def members(self) -> list[int]:
+        return list(self.clocks)
 
-    def evaluate(self) -> dict[int, float]:
-        return {member: self._losses.uniform(2, 3) for member in self.members}
+    @property
+    def step(self) -> int:
+        return max(self.clocks.values())
+
+    def train(self, until: int) -> None:
+        steps = until - self.step
+        self.clocks = {member: clock + steps for member, clock in self.clocks.items()}
+
+    def evaluate(self, members) -> dict[int, float]:
+        return {member: self._losses.uniform(2, 3) for member in members}
 
     def keep(self, members) -> None:
-        self.members = [*members]
+        self.clocks = {member: self.clocks[member] for member in members}
+
+    def replace(self, members, configs) -> list[int]:
+        fresh = [max(self.clocks) + 1 + i for i in range(len(configs))]
+        self.keep([m for m in self.clocks if m not in members])
+        self.clocks |= dict.fromkeys(fresh, 0)
+        return fresh
 
 
 def trial_seconds() -> float:

@@ -199,6 +199,15 @@ class GPT(nn.Module):
             tensor.grad = None
         self.members = len(places)
 
+    @torch.no_grad()
+    def put_members(self, members: Sequence[int], other: "GPT") -> None:
+        """Copy the members of ``other`` to these places; the multipliers are the next table's."""
+        places = torch.tensor(list(members), device=self.wte.weight.device)
+        theirs = {**dict(other.named_parameters()), **other.masks()}
+        for name, tensor in (*self.named_parameters(), *self.masks().items()):
+            tensor[places] = theirs[name]
+            tensor.grad = None
+
     def factors(self) -> dict[str, "Factor"]:
         """The five multipliers by point: a float, or a (K, 1, 1, 1) tensor where members differ."""
         if self._floats is None:

@@ -27,13 +27,14 @@ __all__ = [
 
 
 def param_groups(
-    model: nn.Module, tables: ParamTable | Sequence[ParamTable]
+    model: nn.Module, tables: ParamTable | Sequence[ParamTable], merge: bool = True
 ) -> list[dict[str, Any]]:
     """Groups for ``torch.optim.AdamW``: parameters whose rows agree in lr, weight decay and ε.
 
     Each group carries ``names``, its ``optimizer`` (under most rules ``adamw``), and ``table_lr``,
     from which `set_lr` derives ``lr`` every step. With a list of tables (one per member) all values
-    are tuples. A parameter without a row, or a row without a parameter, is an error.
+    are tuples. With ``merge=False`` each parameter has a group of its own. A parameter without a
+    row, or a row without a parameter, is an error.
     """
     solo = isinstance(tables, ParamTable)
     columns = [tables] if isinstance(tables, ParamTable) else list(tables)
@@ -43,7 +44,8 @@ def param_groups(
     for name, p in named.items():
         rows = [table.rows[name] for table in columns]
         values = {key: _values(rows, key, solo) for key in VALUES}
-        key = (*values.values(), mesh_of(p))  # fused updates want tensors of one mesh
+        # Fused updates want tensors of one mesh.
+        key = (*values.values(), mesh_of(p)) if merge else (name,)
         group = groups.setdefault(key, {"params": [], "names": [], **values})
         group["params"].append(p)
         group["names"].append(name)
@@ -88,9 +90,13 @@ def make_optimizer(
         return _one_model(groups) if memory == "exact" else _lean(groups, memory, seed, backend)
     assert memory == "exact", "members have fp32 state"
     tables = [tables] * members if isinstance(tables, ParamTable) else tables
-    groups = param_groups(model, tables)
-    adamw = all(kind == "adamw" for group in groups for kind in group["optimizer"])
-    return MemberAdamW(groups) if adamw else PerMember(groups)
+    if _all_adamw(tables):
+        return MemberAdamW(param_groups(model, tables))
+    return PerMember(param_groups(model, tables, merge=False))
+
+
+def _all_adamw(tables: Sequence[ParamTable]) -> bool:
+    return all(row.optimizer == "adamw" for table in tables for row in table.rows.values())
 
 
 def _lean(groups: list[dict[str, Any]], memory: str, seed: int, backend: str | None) -> LeanAdamW:
@@ -208,35 +214,47 @@ class PerMember(torch.optim.Optimizer):
         _keep_values(self.param_groups, members)
         self.solos = [self.solos[k] for k in members]
 
+    def renew(self, members: Sequence[int], model: GPT, tables: Sequence[ParamTable]) -> None:
+        """Begin these members anew, by the tables of all (their parameters are filled already)."""
+        self.param_groups = param_groups(model, tables, merge=False)
+        for k in members:
+            self.solos[k] = self._solo(k)
+
 
 class MemberAdamW(torch.optim.Optimizer):
     """``torch.optim.AdamW`` for parameters with a leading member axis.
 
     ``lr``, ``weight_decay``, ``eps`` and ``betas`` of a group are tuples with one value a member.
-    A step is one fused call per member and group, over views.
+    On a CPU a step is one fused call per member and group, over views; on a GPU (``vectors``) it
+    is arithmetic on whole parameters with vectors of the members' values, which `set_lr` loads.
     """
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
+    def __init__(self, groups: list[dict[str, Any]], vectors: bool | None = None) -> None:
         super().__init__(groups, defaults={})
+        first = groups[0]["params"][0]
+        self.vectors = first.is_cuda if vectors is None else vectors
+        self.steps = torch.zeros(len(first), device=first.device)  # taken by each member
+        self._values = torch.empty(0)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Update every member by its own values."""
         assert closure is None, "no closures: losses are members' own"
-        for group in self.param_groups:
+        self.steps += 1
+        for place, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if not self.state[p]:
                     self.state[p] = {
-                        "step": torch.zeros((), device=p.device),
                         "exp_avg": torch.zeros_like(p),
                         "exp_avg_sq": torch.zeros_like(p),
                     }
-                self.state[p]["step"] += 1
-            self._step_group(group)
+            if self.vectors:
+                self._step_whole(group, self._values[place])
+            else:
+                self._step_views(group)
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _step_views(self, group: dict[str, Any]) -> None:
         params = group["params"]
-        steps = [self.state[p]["step"] for p in params]
         columns = [
             [t.unbind(0) for t in tensors]
             for tensors in (
@@ -255,7 +273,7 @@ class MemberAdamW(torch.optim.Optimizer):
                 averages,
                 squares,
                 [],
-                steps,
+                [self.steps[k]] * len(params),
                 lr=lr,
                 beta1=beta1,
                 beta2=beta2,
@@ -265,14 +283,52 @@ class MemberAdamW(torch.optim.Optimizer):
                 maximize=False,
             )
 
+    def _step_whole(self, group: dict[str, Any], values: Tensor) -> None:
+        lr, decay, eps, beta1, beta2 = values  # (K,) each
+        steps = self.steps.to(values)
+        kept, rate = 1 - lr * decay, lr / (1 - beta1**steps)
+        grown = (1 - beta2**steps).sqrt()
+        for p in group["params"]:
+            average, square = self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]
+            average.lerp_(p.grad, _beside(1 - beta1, p))
+            square.lerp_(p.grad.square(), _beside(1 - beta2, p))
+            size = square.sqrt().div_(_beside(grown, p)).add_(_beside(eps, p))
+            p.mul_(_beside(kept, p)).sub_(average.div(size).mul_(_beside(rate, p)))
+
+    def load(self) -> None:
+        """Bring the groups' values to the device, (groups, 5, K), where vectors are used."""
+        if not self.vectors:
+            return
+        values = torch.tensor([
+            (g["lr"], g["weight_decay"], g["eps"], *zip(*g["betas"], strict=True))
+            for g in self.param_groups
+        ], dtype=torch.float64)  # fmt: skip
+        if self._values.shape != values.shape:
+            p = self.param_groups[0]["params"][0]
+            self._values = torch.empty_like(values, dtype=p.dtype, device=p.device)
+        self._values.copy_(values)
+
     def keep(self, members: Sequence[int]) -> None:
         """Forget the state and values of all other members (their parameters are cut already)."""
         _keep_values(self.param_groups, members)
-        for group in self.param_groups:
-            for p in group["params"]:
-                for key in ("exp_avg", "exp_avg_sq"):
-                    if key in self.state[p]:
-                        self.state[p][key] = self.state[p][key][list(members)].clone()
+        self.steps = self.steps[list(members)]
+        for state in self.state.values():
+            for key in state:
+                state[key] = state[key][list(members)]
+
+    def renew(self, members: Sequence[int], model: GPT, tables: Sequence[ParamTable]) -> None:
+        """Begin these members anew, by the tables of all (their parameters are filled already)."""
+        if not _all_adamw(tables):
+            raise ConfigError("rule: a new member takes another optimizer than AdamW, which all "
+                              "members of this population have; begin a new one")  # fmt: skip
+        self.param_groups = param_groups(model, tables)
+        for tensor in (self.steps, *(t for state in self.state.values() for t in state.values())):
+            tensor[list(members)] = 0.0
+
+
+def _beside(vector: Tensor, p: Tensor) -> Tensor:
+    """(K,) in as many dimensions as ``p`` (K, …) has."""
+    return vector.view(-1, *[1] * (p.dim() - 1))
 
 
 def _keep_values(groups: list[dict[str, Any]], members: Sequence[int]) -> None:
@@ -281,12 +337,21 @@ def _keep_values(groups: list[dict[str, Any]], members: Sequence[int]) -> None:
             group[key] = tuple(group[key][k] for k in members)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Derive every group's ``lr`` as factor × the table's: never read back, never accumulated."""
+def set_lr(optimizer: torch.optim.Optimizer, factor: float | Sequence[float]) -> None:
+    """Derive every group's ``lr`` as factor × the table's: never read back, never accumulated.
+
+    For members the factor may be one for all, or one each.
+    """
     for group in optimizer.param_groups:
         base = group["table_lr"]
-        many = isinstance(base, tuple)
-        group["lr"] = tuple(lr * factor for lr in base) if many else base * factor
+        if isinstance(base, tuple):
+            factors = factor if isinstance(factor, Sequence) else [factor] * len(base)
+            group["lr"] = tuple(lr * f for lr, f in zip(base, factors, strict=True))
+        else:
+            assert not isinstance(factor, Sequence), "one model has one factor"
+            group["lr"] = base * factor
+    if isinstance(optimizer, MemberAdamW):
+        optimizer.load()
 
 
 def effective_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -326,8 +391,10 @@ def clip_gradients(model: GPT, max_norm: float) -> Tensor:
         squares = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads]
         norm = torch.linalg.vector_norm(torch.stack(squares), dim=0)
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    if max_norm and bool((coefficient != 1.0).any()):
-        if model.members is None:
+    # To ask a GPU would hold it up.
+    by_members = model.members is not None
+    if max_norm and ((norm.is_cuda and by_members) or bool((coefficient != 1.0).any())):
+        if not by_members:
             torch._foreach_mul_([local(g) for g in grads], coefficient)
         else:
             for g in grads:

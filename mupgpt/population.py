@@ -1,93 +1,165 @@
 """K short runs of one shape as one model: a trial is a column."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mupgpt.capture import Captured, capturable
 from mupgpt.config import TrainConfig
 from mupgpt.data import Batches, Corpus, eval_batch
 from mupgpt.init import init_weights
 from mupgpt.model import GPT
-from mupgpt.optim import MemberAdamW, PerMember, make_optimizer
+from mupgpt.optim import MemberAdamW, PerMember, make_optimizer, set_lr
 from mupgpt.plain import ConfigError
 from mupgpt.schedules import lr_factor
-from mupgpt.table import parametrize
-from mupgpt.training import Batch, compute, evaluate, param_dtype, pick_device, train_step
+from mupgpt.table import ParamTable, parametrize
+from mupgpt.training import Batch, compute, evaluate, param_dtype, pick_device, update
 
 __all__ = ["Population"]
 
 MAY_DIFFER = ("rule", "base", "hparams", "seed", "tracking")
 
 
+@dataclass
+class _Column:
+    """What tells one member from the others."""
+
+    config: TrainConfig
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.table = parametrize(c.model, c.base, c.hparams, c.rule)
+
+
 class Population:
     """Runs that differ only in rule, base, hyperparameters and seed, trained side by side.
 
-    Each member's trajectory is the one it would have alone. Members are named by their index in
-    ``configs`` for the population's whole life.
+    Each member's trajectory is the one it would have alone, at a clock of its own: the steps that
+    it has taken. Members are named by numbers in the order of their coming, those of ``configs``
+    first, and keep them. On a GPU a step is one CUDA graph.
     """
 
     def __init__(self, configs: Sequence[TrainConfig], corpus: Corpus) -> None:
-        first = configs[0]
-        for config in configs[1:]:
-            _same_shape(first, config)
-        self.config = first
-        self.members = list(range(len(configs)))
-        self.step = 0
+        self.config = configs[0]
         self.device = pick_device()
-        self.seeds = [config.seed for config in configs]
-        tables = [parametrize(c.model, c.base, c.hparams, c.rule) for c in configs]
-        with self.device:
-            self.model = GPT(first.model, members=len(configs)).to(param_dtype(first.precision))
-        init_weights(self.model, tables, self.seeds)
-        optimizer = make_optimizer(self.model, tables)
+        self._corpus = corpus
+        self._batches: dict[int, Batches] = {}
+        self._check(configs)
+        self._columns = [_Column(config) for config in configs]
+        self.members = list(range(len(configs)))
+        self._next = len(configs)
+        self.model = self._make_model(self._columns)
+        optimizer = make_optimizer(self.model, self._tables)
         assert isinstance(optimizer, MemberAdamW | PerMember)
         self.optimizer = optimizer
-        self._batches = {seed: Batches(corpus, first.course, seed) for seed in set(self.seeds)}
-        self._corpus = corpus
+        self._update = self._step_together
+        if self.device.type == "cuda" and capturable(self.model, optimizer):
+            self._update = Captured(self._step_together)
+
+    @property
+    def clocks(self) -> dict[int, int]:
+        """The steps that each member has taken."""
+        return {m: c.step for m, c in zip(self.members, self._columns, strict=True)}
+
+    @property
+    def step(self) -> int:
+        """The steps that the first of them has taken."""
+        return max(c.step for c in self._columns)
 
     def train(self, until: int | None = None) -> Tensor:
-        """Train to step ``until`` (default: the end); returns the last training losses, (K)."""
-        c = self.config
+        """Step all members until the first of them has taken ``until`` steps (default: its run's).
+
+        Returns the last training losses in nats per token, (K).
+        """
+        stop = min(until or self.config.steps, self.config.steps)
         loss = torch.full((len(self.members),), math.nan)
-        while self.step < min(until or c.steps, c.steps):
-            with compute(c.precision, self.device):
-                loss, _ = train_step(
-                    self.model,
-                    self.optimizer,
-                    self._batch(self.step),
-                    lr_factor=lr_factor(c, self.step),
-                    grad_clip=c.grad_clip,
-                    accumulate=c.accumulate,
-                )
-            self.step += 1
+        while self.step < stop:
+            set_lr(self.optimizer, [lr_factor(self.config, c.step) for c in self._columns])
+            loss = self._update(self._batch())
+            for column in self._columns:
+                column.step += 1
         return loss
 
-    def evaluate(self) -> dict[int, float]:
-        """Held-out loss in nats per token of each member that is left."""
-        context = self.config.phase_at(self.step - 1).seq_len
+    def evaluate(self, members: Sequence[int] | None = None) -> dict[int, float]:
+        """Held-out loss in nats per token of these members (default: of all)."""
+        members = self.members if members is None else members
+        places = [self.members.index(m) for m in members]
+        model = self.model
+        if places != list(range(len(self.members))):
+            model = copy.deepcopy(model)
+            model.keep_members(places)
+        (context,) = {self.config.phase_at(self._columns[i].step - 1).seq_len for i in places}
         held_out = eval_batch(self._corpus, self.config.data.eval_tokens, context)
-        tokens, targets = (t.expand(len(self.members), *t.shape) for t in held_out)
+        tokens, targets = (t.expand(len(places), *t.shape) for t in held_out)
         with compute(self.config.precision, self.device):
-            losses = evaluate(self.model, (tokens.to(self.device), targets.to(self.device)))
-        return dict(zip(self.members, losses.tolist(), strict=True))
+            losses = evaluate(model, (tokens.to(self.device), targets.to(self.device)))
+        return dict(zip(members, losses.tolist(), strict=True))
 
     def keep(self, members: Sequence[int]) -> None:
         """Go on with these members alone; the others cost nothing from here on."""
         places = [self.members.index(m) for m in members]
-        if len(places) == len(self.members):
+        if places == list(range(len(self.members))):
             return
         self.members = [self.members[i] for i in places]
-        self.seeds = [self.seeds[i] for i in places]
+        self._columns = [self._columns[i] for i in places]
         self.model.keep_members(places)
         self.optimizer.keep(places)
+        self._forget()
 
-    def _batch(self, step: int) -> Batch:
-        drawn = {seed: self._batches[seed](step) for seed in set(self.seeds)}
-        tokens = torch.stack([drawn[seed][0] for seed in self.seeds])
-        targets = torch.stack([drawn[seed][1] for seed in self.seeds])
+    def replace(self, members: Sequence[int], configs: Sequence[TrainConfig]) -> list[int]:
+        """Begin the runs of ``configs`` in the places of ``members``; returns the new members."""
+        self._check(configs)
+        if len(self.config.course) > 1:
+            raise ConfigError("phases: members of one population would be in different ones")
+        places = [self.members.index(m) for m in members]
+        fresh = [_Column(config) for config in configs]
+        for i, column in zip(places, fresh, strict=True):
+            self._columns[i], self.members[i] = column, self._next
+            self._next += 1
+        self.model.put_members(places, self._make_model(fresh))
+        self.model.apply_table(self._tables)
+        self.optimizer.renew(places, self.model, self._tables)
+        self._forget()
+        return [self.members[i] for i in places]
+
+    @property
+    def _tables(self) -> list[ParamTable]:
+        return [column.table for column in self._columns]
+
+    def _check(self, configs: Sequence[TrainConfig]) -> None:
+        for config in configs:
+            _same_shape(self.config, config)
+
+    def _make_model(self, columns: Sequence[_Column]) -> GPT:
+        with self.device:
+            model = GPT(self.config.model, members=len(columns))
+            model.to(param_dtype(self.config.precision))
+        init_weights(model, [c.table for c in columns], [c.config.seed for c in columns])
+        return model
+
+    def _step_together(self, batch: Batch) -> Tensor:
+        c = self.config
+        with compute(c.precision, self.device):
+            return update(self.model, self.optimizer, batch, c.grad_clip, c.accumulate)[0]
+
+    def _forget(self) -> None:
+        """What was recorded is of other members."""
+        if isinstance(self._update, Captured):
+            self._update.forget()
+
+    def _batch(self) -> Batch:
+        wanted = [(c.config.seed, c.step) for c in self._columns]
+        for seed in {seed for seed, _ in wanted} - self._batches.keys():
+            self._batches[seed] = Batches(self._corpus, self.config.course, seed)
+        drawn = {(seed, step): self._batches[seed](step) for seed, step in set(wanted)}
+        tokens = torch.stack([drawn[key][0] for key in wanted])
+        targets = torch.stack([drawn[key][1] for key in wanted])
         return tokens.to(self.device), targets.to(self.device)
 
 

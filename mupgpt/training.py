@@ -12,7 +12,7 @@ from mupgpt.optim import clip_gradients, set_lr
 from mupgpt.plain import ConfigError
 from mupgpt.shards import is_sharded
 
-__all__ = ["evaluate", "train_step"]
+__all__ = ["evaluate", "train_step", "update"]
 
 Batch = tuple[Tensor, Tensor]
 """Tokens and targets, each (*K, B, T) integers."""
@@ -36,6 +36,17 @@ def train_step(
     gradient of its own member alone.
     """
     set_lr(optimizer, lr_factor)
+    return update(model, optimizer, batch, grad_clip, accumulate)
+
+
+def update(
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    grad_clip: float,
+    accumulate: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """What `train_step` does at the learning rates that the optimizer has."""
     optimizer.zero_grad(set_to_none=True)
     if accumulate > 1:
         sum_in_fp32(model)

@@ -110,6 +110,50 @@ def test_keep_is_never_having_had_the_others():
         assert losses[k] == pytest.approx(trained([config(k)]).evaluate()[0], abs=1e-10)
 
 
+@pytest.mark.parametrize("rule", ["mup", "mup-sgd", "mup-muon"])
+def test_who_comes_later_is_a_solo_run_too(rule):
+    """In the places of others, at clocks of their own, with other hyperparameters and seeds."""
+    configs = [config(k, rule=rule) for k in range(4)]
+    together = Population(configs[:3], CORPUS)
+    together.train(7)
+    assert together.replace([0, 2], [configs[3], configs[0]]) == [3, 4]
+    assert together.members == [3, 1, 4] and together.clocks == {3: 0, 1: 7, 4: 0}
+    together.train()
+    assert together.evaluate([4, 1, 3]) == pytest.approx(together.evaluate(), abs=1e-12)
+    found = together.evaluate([1])
+    together.keep([4, 3])
+    together.train()
+    found |= together.evaluate()
+    for member, k in ((1, 1), (3, 3), (4, 0)):
+        alone = trained([configs[k]])
+        assert found[member] == pytest.approx(alone.evaluate()[0], abs=1e-10)
+    for a, b in zip(weights(together, 1), weights(trained([configs[3]]), 0), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_a_place_is_taken_by_what_fits_alone():
+    two = Population([config(0, rule="mup"), config(1, rule="mup")], CORPUS)
+    with pytest.raises(ConfigError, match=r"rule: a new member takes another optimizer"):
+        two.replace([0], [config(0, rule="mup-lion")])
+    with pytest.raises(ConfigError, match=r"steps differs"):
+        two.replace([0], [config(0, rule="mup", steps=21)])
+
+
+def test_vectors_of_values_are_fused_steps():
+    """The update of a GPU, on whole parameters, is that of a CPU, member by member."""
+    configs = [config(k) for k in range(4)]
+    whole, views = Population(configs, CORPUS), Population(configs, CORPUS)
+    whole.optimizer.vectors = True
+    for population in (whole, views):
+        population.train(10)
+        population.keep([1, 2, 3])
+        population.replace([2], [config(0)])
+        population.train()
+    assert whole.evaluate() == pytest.approx(views.evaluate(), abs=1e-12)
+    for a, b in zip(whole.model.parameters(), views.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
 def test_accumulation_is_one_batch():
     one, two = trained([config(0)]), trained([config(0, accumulate=4)])
     for a, b in zip(weights(one, 0), weights(two, 0), strict=True):

@@ -180,7 +180,7 @@ def take_everything(queue, start):
     while True:
         trials = []
         with worker_module._turn(sweep.url):
-            worker_module._take(sweep, study, sweep.spec.cells[0], 40, trials)
+            worker_module._take(sweep, study, sweep.spec.cells[0], 40, 100, trials)
         if not trials:
             break
         taken += [t.number for t in trials]
@@ -263,8 +263,8 @@ def test_a_diverged_confirmation_is_a_penalty():
     study = run_sweep(parse_spec({**RAW, **raw, "name": "confirm"}, "x"), workers=1)
     real = Population.evaluate
 
-    def broken(self):
-        return {k: math.nan if k == 0 else loss for k, loss in real(self).items()}
+    def broken(self, *members):
+        return {k: math.nan if k == 0 else loss for k, loss in real(self, *members).items()}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Population, "evaluate", broken)
@@ -278,13 +278,13 @@ def test_a_trial_that_was_taken_meanwhile_is_left_alone(monkeypatch, caplog):
     fill(sweep)
     original = Population.evaluate
 
-    def evaluate(self):
+    def evaluate(self, members):
         study = sweep.study(sweep.spec.cells[0])
         running = [t for t in study.trials if t.state == TrialState.RUNNING]
         sweep.storage.set_trial_state_values(running[0]._trial_id, TrialState.FAIL)
         study.enqueue_trial(running[0].params)
         monkeypatch.setattr(Population, "evaluate", original)
-        return original(self)
+        return original(self, members)
 
     monkeypatch.setattr(Population, "evaluate", evaluate)
     work(sweep)
@@ -304,6 +304,33 @@ def test_halving_stops_the_worse_and_counts_them():
     stopped = [rung[t.number] for t in by_state[TrialState.PRUNED]]
     assert max(survived) < min(stopped)
     assert len(survived) == 3
+
+
+def test_free_places_are_taken_by_the_next_trials(monkeypatch):
+    """A population stays full while there is work, and each trial is the run it would be alone."""
+    monkeypatch.setattr(worker_module, "COLUMN_TOKENS", 6 * 64)  # three trials of two seeds
+    sizes = []
+    original = Population.train
+
+    def train(self, until):
+        sizes.append(len(self.members))
+        return original(self, until)
+
+    monkeypatch.setattr(Population, "train", train)
+    sweep = Sweep.create(spec(study={"trials": 15, "rungs": 1, "reduction": 2}))
+    study = run_sweep(sweep.spec, workers=1)
+    monkeypatch.setattr(Population, "train", original)
+    assert len(states(study)) == 15 and states(study).count("PRUNED") >= 5
+    last_full = len(sizes) - sizes[::-1].index(6)
+    assert set(sizes[:last_full]) == {6} and last_full > 12  # more than one run's steps
+    cell = sweep.spec.cells[0]
+    ended = [t for t in study.trials if t.state == TrialState.COMPLETE]
+    for trial in ended:
+        alone = [cell.config(trial.params, seed) for seed in (0, 1)]
+        population = Population(alone, worker_module.load_corpus(alone[0].data))
+        population.train()
+        assert trial.user_attrs["losses"] == pytest.approx(list(population.evaluate().values()))
+    assert any(t.number >= 3 for t in ended)  # one that began in another's place
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "carbs", "qmc", "random"])
@@ -479,8 +506,8 @@ def test_journal_storage_is_accepted():
 
 
 SLOW = overlay(
-    RAW, {"study": {"trials": 24, "seeds": [0]}, "train": {"steps": 200, "batch_size": 64}}
-)  # eight columns a population, so that there is always one in hand
+    RAW, {"study": {"trials": 24, "seeds": [0]}, "train": {"steps": 40, "batch_size": 256}}
+)  # two columns a population: from the first that ends on, some are complete and some in hand
 RUN = [sys.executable, "-m", "mupgpt", "sweep", "run", "tiny.toml", "--workers", "2"]
 
 

@@ -15,11 +15,11 @@ from typing import Any
 from optuna.trial import FrozenTrial, create_trial
 
 from mupgpt.plain import ConfigError, require, to_dict, unknown
+from mupgpt.tuning.chunk import outcome
 from mupgpt.tuning.exports import LOSS, SEED, STATE, Table, find_column, leaves, read_rows
 from mupgpt.tuning.space import Dimension
 from mupgpt.tuning.spec import Cell, SweepSpec, load_spec
 from mupgpt.tuning.study import Sweep, trials_of
-from mupgpt.tuning.worker import outcome
 
 __all__ = ["Imported", "import_sweep"]
 

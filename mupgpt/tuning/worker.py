@@ -7,10 +7,8 @@ is stopped, or, when it died, by whoever misses its heartbeat.
 
 import fcntl
 import logging
-import math
 import os
 import socket
-import statistics
 import sys
 import threading
 import time
@@ -28,9 +26,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mupgpt.cpu import settle_cpu
 from mupgpt.data import load_corpus
-from mupgpt.population import Population
 from mupgpt.stopping import stop_flag
-from mupgpt.tuning.pruning import passing, rung_steps
+from mupgpt.tuning.chunk import Chunk
 from mupgpt.tuning.spec import Cell
 from mupgpt.tuning.storage import MISSED_BEATS, queue_again, quiet, retry_after_death
 from mupgpt.tuning.study import (
@@ -39,11 +36,10 @@ from mupgpt.tuning.study import (
     Sweep,
     earlier_sweep,
     finished,
-    penalized,
     trials_of,
 )
 
-__all__ = ["fill", "outcome", "work"]
+__all__ = ["fill", "work"]
 
 POLL_S = 1.0
 log = logging.getLogger("mupgpt.worker")
@@ -204,32 +200,51 @@ def _anyone_running(sweep: Sweep) -> bool:
 def _work_cell(
     sweep: Sweep, study: optuna.Study, cell: Cell, workers: int, stop: Callable[[], bool]
 ) -> bool:
-    """Train one chunk of the cell's queue; False when there was nothing to take."""
+    """Train trials of the cell to their ends, others in the places of those that are stopped early;
+    False when there was nothing to take."""
     _check(stop)
-    trials: list[optuna.Trial] = []
+    chunk = Chunk(study, cell, load_corpus(cell.config().data))
+    taken: list[optuna.Trial] = []
     try:
         with _turn(sweep.url):
-            _take(sweep, study, cell, workers, trials)
-            if not trials:
+            _take(sweep, study, cell, workers, _columns(sweep, cell), taken)
+            if not taken:
                 return sweep.spec.study.sampler == "grid" and _extend(sweep, study, cell)
-        with _heartbeat(sweep.backend, trials):
-            _train(sweep, study, cell, trials, stop)
+        with _heartbeat(sweep.backend, chunk.trials):
+            while taken or chunk.trials:
+                chunk.begin(taken)
+                taken.clear()
+                chunk.advance(lambda: _check(stop))
+                chunk.settle()
+                if chunk.trials and chunk.free:
+                    with _turn(sweep.url):
+                        _take(sweep, study, cell, workers, chunk.free, taken)
     except BaseException:
-        _give_back(sweep, study, [t for t in trials if _state(study, t) == TrialState.RUNNING])
+        running = [t for t in [*chunk.trials, *taken] if _state(study, t) == TrialState.RUNNING]
+        _give_back(sweep, study, running)
         raise
     return True
 
 
+def _columns(sweep: Sweep, cell: Cell) -> int:
+    """Trials that train together."""
+    columns = max(1, COLUMN_TOKENS // cell.config().tokens_per_step)
+    return max(1, columns // len(sweep.spec.study.seeds))
+
+
 def _take(
-    sweep: Sweep, study: optuna.Study, cell: Cell, workers: int, trials: list[optuna.Trial]
+    sweep: Sweep,
+    study: optuna.Study,
+    cell: Cell,
+    workers: int,
+    room: int,
+    trials: list[optuna.Trial],
 ) -> None:
-    """Add trials for one population: a worker's share of what is left, as far as it fits.
+    """Add trials for a population with ``room`` for so many: a worker's share of what is left.
 
     Each is signed by a heartbeat, then by name: whatever dies in between can be told apart.
     """
-    columns = max(1, COLUMN_TOKENS // cell.config().tokens_per_step)
-    fits = max(1, columns // len(sweep.spec.study.seeds))
-    for _ in range(min(fits, -(-sweep.to_begin(cell) // workers))):
+    for _ in range(min(room, -(-sweep.to_begin(cell) // workers))):
         with quiet():
             trial = study.ask(cell.search_space.distributions)
         if _surplus(sweep, cell, trial):
@@ -300,7 +315,7 @@ def _heartbeat(storage: BaseStorage, trials: Sequence[optuna.Trial]) -> Iterator
 
     def beat() -> None:
         while not done.wait(interval):
-            _beat(storage, trials)
+            _beat(storage, list(trials))
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -320,97 +335,9 @@ def _beat(storage: BaseStorage, trials: Sequence[optuna.Trial]) -> None:
                 storage.record_heartbeat(trial._trial_id)
 
 
-def _train(
-    sweep: Sweep,
-    study: optuna.Study,
-    cell: Cell,
-    trials: Sequence[optuna.Trial],
-    stop: Callable[[], bool],
-) -> None:
-    """Train the trials as one population, judge them at the rungs, tell each result."""
-    seeds, started = sweep.spec.study.seeds, time.monotonic()
-    configs = [cell.config(t.params, seed) for t in trials for seed in seeds]
-    population = Population(configs, load_corpus(configs[0].data))
-    alive = list(range(len(trials)))
-    rungs = rung_steps(sweep.spec.study, configs[0].steps)
-    for rung in rungs:
-        _advance(population, rung, stop)
-        losses = _by_trial(population, alive, len(seeds))
-        for i in alive:
-            with _unless_taken(trials[i]):
-                trials[i].report(_value(losses[i], configs[0].model.vocab_size), rung)
-        seen = study.get_trials(deepcopy=False)
-        passed = passing(sweep.spec.study, seen, rungs, rung, {trials[i].number for i in alive})
-        for i in alive:
-            if trials[i].number not in passed:
-                with _unless_taken(trials[i]):
-                    study.tell(trials[i], state=TrialState.PRUNED, skip_if_finished=True)
-        alive = [i for i in alive if trials[i].number in passed]
-        if not alive:
-            return
-        population.keep([i * len(seeds) + s for i in alive for s in range(len(seeds))])
-    _advance(population, configs[0].steps, stop)
-    seconds = time.monotonic() - started
-    log.info("%s trials %s: %d steps in %.1f s", study.study_name,
-             " ".join(str(t.number) for t in trials), configs[0].steps, seconds)  # fmt: skip
-    for i, losses in _by_trial(population, alive, len(seeds)).items():
-        _tell(study, trials[i], losses, configs[0].model.vocab_size, seconds / len(trials))
-
-
-def _advance(population: Population, until: int, stop: Callable[[], bool]) -> None:
-    while population.step < until:
-        _check(stop)
-        population.train(population.step + 1)
-
-
 def _check(stop: Callable[[], bool]) -> None:
     if stop():
         raise KeyboardInterrupt
-
-
-def _by_trial(population: Population, alive: list[int], seeds: int) -> dict[int, list[float]]:
-    losses = population.evaluate()
-    return {i: [losses[i * seeds + s] for s in range(seeds)] for i in alive}
-
-
-def _value(losses: Sequence[float], vocab_size: int) -> float:
-    """Mean over seeds; a diverged seed makes it the penalty."""
-    counted = [penalized(loss, vocab_size) for loss in losses]
-    worst = penalized(math.nan, vocab_size)
-    return worst if worst in counted else statistics.fmean(counted)
-
-
-def outcome(losses: Sequence[float], vocab_size: int) -> tuple[float, dict[str, Any]]:
-    """A finished trial's value, and the attributes by which everything reads it."""
-    value = _value(losses, vocab_size)
-    return value, {
-        "diverged": value == penalized(math.nan, vocab_size),
-        "losses": [penalized(loss, vocab_size) for loss in losses],
-    }
-
-
-def _tell(
-    study: optuna.Study,
-    trial: optuna.Trial,
-    losses: list[float],
-    vocab_size: int,
-    seconds: float,
-) -> None:
-    value, facts = outcome(losses, vocab_size)
-    with _unless_taken(trial):
-        trial.set_constraint("diverged", float(facts["diverged"]))
-        for key, fact in {**facts, "seconds": round(seconds, 3)}.items():
-            trial.set_user_attr(key, fact)
-        study.tell(trial, value)
-
-
-@contextmanager
-def _unless_taken(trial: optuna.Trial) -> Iterator[None]:
-    """A trial whose heartbeats came too late was queued again: its result is left to the retry."""
-    try:
-        yield
-    except UpdateFinishedTrialError:
-        log.warning("trial %d was given to another worker meanwhile", trial.number)
 
 
 def main() -> None:
