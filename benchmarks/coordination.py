@@ -105,12 +105,12 @@ def trial_seconds() -> float:
     from mupgpt.cpu import settle_cpu
     from mupgpt.data import load_corpus
     from mupgpt.population import Population
-    from mupgpt.tuning.study import COLUMN_TOKENS
+    from mupgpt.tuning.columns import usual
 
     settle_cpu()
     cell, seeds = joint(1).cells[0], joint(1).study.seeds
     config = cell.config()
-    count = COLUMN_TOKENS // config.tokens_per_step // len(seeds)
+    count = usual(config) // len(seeds)
     corpus = load_corpus(config.data)
     population = Population([cell.config({}, seed) for _ in range(count) for seed in seeds], corpus)
     return timed(lambda: (population.train(), population.evaluate())).cpu / count

@@ -1,6 +1,5 @@
 """CARBS: Gaussian processes, the front of cost and loss, the laws along it, and the search."""
 
-import functools
 import itertools
 import logging
 import math
@@ -9,9 +8,19 @@ import statistics
 import numpy as np
 import optuna
 import pytest
+from carbs_front import (
+    BUDGET,
+    PLANTED,
+    SEEDS,
+    SPACE,
+    cost_of,
+    exponents,
+    planted,
+    regret,
+    searched,
+)
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import GPSampler, RandomSampler, TPESampler
-from optuna.trial import TrialState
+from optuna.samplers import GPSampler, RandomSampler
 from scipy.integrate import quad
 from scipy.optimize import approx_fprime
 from scipy.stats import norm
@@ -174,82 +183,13 @@ def test_a_front_of_two_points_has_no_law():
 
 # ---------------------------------------------------------------- the planted problem
 
-SPACE = {
-    "params": FloatDistribution(1e5, 1e7, log=True),
-    "tokens": FloatDistribution(1e6, 1e8, log=True),
-    "lr": FloatDistribution(1e-4, 1e-1, log=True),
-}
-PLANTED = {"params": 0.5, "tokens": 0.5, "lr": -0.25, "loss": -0.12}
-START = {"params": 3e5, "tokens": 3e6, "lr": 1e-2}
-MOST = 6e15  # the cost of the dearest run
-
-
-def cost_of(params):
-    return 6 * params["params"] * params["tokens"]
-
-
-def least(cost):
-    """E + A·cost^−a"""
-    return 1.7 + 20 * cost ** PLANTED["loss"]
-
-
-def planted(params):
-    """The least loss at this cost, and a bowl around optima that are powers of cost."""
-    cost = cost_of(params)
-    scale = math.log(cost / 6e13)
-    size = math.log(params["params"] / 1e6) - PLANTED["params"] * scale
-    rate = math.log(params["lr"] / 3e-3) - PLANTED["lr"] * scale
-    return least(cost) + 20 * cost ** PLANTED["loss"] * 0.2 * (size**2 + rate**2)
-
-
-def search(sampler, budget, seed, objectives=1):
-    """The study after runs worth ``budget`` times the dearest, with noise of 0.003."""
-    rng = np.random.default_rng(seed + 999)
-    study = optuna.create_study(sampler=sampler, directions=["minimize"] * objectives)
-    study.enqueue_trial(START)
-    spent = 0.0
-    while True:
-        trial = study.ask(SPACE)
-        cost = cost_of(trial.params)
-        spent += cost
-        if spent > budget * MOST:
-            study.tell(trial, state=TrialState.FAIL)
-            return study
-        trial.set_user_attr("flops", cost)
-        loss = planted(trial.params) + 0.003 * rng.normal()
-        study.tell(trial, [loss, math.log(cost)][:objectives])
-
-
-def regret(study):
-    """Mean over log cost of what the best trial of at most that cost loses against the optimum.
-
-    Beside a constant this is minus the hypervolume in (log cost, loss), without the noise.
-    """
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    pairs = [(cost_of(t.params), planted(t.params)) for t in done]
-    costs = np.geomspace(6e12, MOST / 3, 40)  # START costs less than the first
-    return statistics.fmean(min(v for c, v in pairs if c <= cost) - least(cost) for cost in costs)
-
-
-@functools.cache
-def searched(name, budget, seed):
-    sampler = {
-        "carbs": lambda: CarbsSampler(cost_key="flops", seed=seed, center=START),
-        "random": lambda: RandomSampler(seed=seed),
-        "tpe": lambda: TPESampler(seed=seed),
-    }[name.removesuffix(" on both")]()
-    return search(sampler, budget, seed, 2 if name.endswith("on both") else 1)
-
 
 def test_the_search_recovers_the_planted_exponents():
     studies = [searched("carbs", 1.0, s) for s in range(2)]
-    found = [front_laws(s, "flops", irreducible=True).exponents for s in studies]
+    found = [exponents(s) for s in studies]
     for name in ("params", "tokens", "lr"):
         mean = statistics.fmean(f[name][0] for f in found)
         assert mean == pytest.approx(PLANTED[name], abs=0.06), name
-
-
-BUDGET, SEEDS = 3.0, range(6)
 
 
 @pytest.mark.slow
@@ -265,12 +205,12 @@ def test_at_equal_cost_the_front_is_better_than(name):
 def test_the_planted_exponents_are_recovered():
     """The mean over seeds to ± 0.03, and most single searches to ± 4 of their standard errors."""
     studies = [searched("carbs", BUDGET, s) for s in SEEDS]
-    found = [front_laws(s, "flops", irreducible=True).exponents for s in studies]
-    exponents = np.array([[f[name] for f in found] for name in PLANTED])
-    error = exponents[:, :, 0] - np.array([[value] for value in PLANTED.values()])
+    found = [exponents(s) for s in studies]
+    fitted = np.array([[f[name] for f in found] for name in PLANTED])
+    error = fitted[:, :, 0] - np.array([[value] for value in PLANTED.values()])
     assert np.abs(error.mean(1)).max() < 0.03
-    assert np.mean(np.abs(error) < 4 * exponents[:, :, 1]) > 0.8
-    assert exponents[:, :, 1].max() < 0.025
+    assert np.mean(np.abs(error) < 4 * fitted[:, :, 1]) > 0.8
+    assert fitted[:, :, 1].max() < 0.025
 
 
 # ---------------------------------------------------------------- the sampler in Optuna

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -308,7 +309,6 @@ def test_halving_stops_the_worse_and_counts_them():
 
 def test_free_places_are_taken_by_the_next_trials(monkeypatch):
     """A population stays full while there is work, and each trial is the run it would be alone."""
-    monkeypatch.setattr(worker_module, "COLUMN_TOKENS", 6 * 64)  # three trials of two seeds
     sizes = []
     original = Population.train
 
@@ -317,7 +317,7 @@ def test_free_places_are_taken_by_the_next_trials(monkeypatch):
         return original(self, until)
 
     monkeypatch.setattr(Population, "train", train)
-    sweep = Sweep.create(spec(study={"trials": 15, "rungs": 1, "reduction": 2}))
+    sweep = Sweep.create(spec(study={"trials": 15, "rungs": 1, "reduction": 2, "columns": 6}))
     study = run_sweep(sweep.spec, workers=1)
     monkeypatch.setattr(Population, "train", original)
     assert len(states(study)) == 15 and states(study).count("PRUNED") >= 5
@@ -334,11 +334,11 @@ def test_free_places_are_taken_by_the_next_trials(monkeypatch):
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "carbs", "qmc", "random"])
-def test_every_sampler_fills_the_space(sampler, monkeypatch):
+def test_every_sampler_fills_the_space(sampler):
     """No point is drawn twice, over several populations and a second session."""
-    monkeypatch.setattr(worker_module, "COLUMN_TOKENS", 4 * 64)  # four columns a population
-    run_sweep(spec(study={"sampler": sampler, "trials": 7, "seeds": [0]}), workers=1)
-    study = run_sweep(spec(study={"sampler": sampler, "trials": 12, "seeds": [0]}), workers=1)
+    search = {"sampler": sampler, "seeds": [0], "columns": 4}
+    run_sweep(spec(study={**search, "trials": 7}), workers=1)
+    study = run_sweep(spec(study={**search, "trials": 12}), workers=1)
     values = [t.params["hparams.lr"] for t in study.trials]
     assert len(set(values)) == 12
     assert min(values) < 1e-3 and max(values) > 1e-2
@@ -561,7 +561,8 @@ def test_an_interrupt_in_the_middle_of_an_ask_loses_nothing(monkeypatch):
 def test_ctrl_c_gives_back_and_says_so(tmp_path):
     """One SIGINT to the parent: workers put their trials back; the same command ends the budget."""
     (tmp_path / "tiny.toml").write_text(tomli_w.dumps(SLOW))
-    with subprocess.Popen(RUN, stderr=subprocess.PIPE, text=True) as child:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored below a script's `&`
+    with subprocess.Popen(RUN, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as child:
         wait_until(lambda: count("RUNNING") and count("COMPLETE"), child)
         child.send_signal(signal.SIGINT)
         said = child.communicate()[1]

@@ -16,10 +16,11 @@ from mupgpt.plain import ConfigError, require
 from mupgpt.population import Population
 from mupgpt.progress import Progress
 from mupgpt.transfer import Tuned, Uncertainty
+from mupgpt.tuning.columns import usual
 from mupgpt.tuning.curves import half_width
 from mupgpt.tuning.spec import Cell, parse_spec
 from mupgpt.tuning.storage import quiet
-from mupgpt.tuning.study import COLUMN_TOKENS, finished, penalized
+from mupgpt.tuning.study import finished, penalized
 
 __all__ = ["best_hparams", "importances"]
 
@@ -157,7 +158,7 @@ def _train(study: optuna.Study, configs: Sequence[TrainConfig]) -> list[float]:
             "its best trials cannot be confirmed on this one; run the sweep here first, or take "
             "its own losses as they are (seeds = 0)"
         )
-    columns = max(1, COLUMN_TOKENS // configs[0].tokens_per_step)
+    columns = usual(configs[0])
     losses: list[float] = []
     with Progress(f"confirm {study.study_name}") as progress:
         for first in range(0, len(configs), columns):

@@ -42,6 +42,8 @@ class StudyConfig:
     """How many of each of its studies."""
     each: bool = False
     """Search every dimension alone, in a study of its own, the others at the run's own values."""
+    columns: int = 0
+    """Runs that train as one population (0: as memory allows and a short timing finds)."""
     sampler_seed: int = 0
     """Seed of the sampler."""
     heartbeat: int = 10
@@ -58,6 +60,7 @@ class StudyConfig:
         require(warm, "study.warm_start", self.warm_start, "be empty for a grid: it has its points")
         grid_only = self.sampler != "grid" or not self.rungs
         require(grid_only, "study.rungs", self.rungs, "be 0 for a grid: its curves need every end")
+        require(self.columns >= 0, "study.columns", self.columns, "be >= 0")
         require(self.heartbeat >= 1, "study.heartbeat", self.heartbeat, "be >= 1")
 
 
@@ -93,10 +96,10 @@ class SweepSpec:
 
     @property
     def identity(self) -> str:
-        """A hash of all that decides a trial's result; the budget is not part of it."""
+        """A hash of all that decides a trial's result; budget and columns are not part of it."""
         data = self.to_dict()
         usual = to_dict(StudyConfig())
-        for key in ("trials", "heartbeat"):
+        for key in ("trials", "columns", "heartbeat"):
             data["study"].pop(key)
         # A key that a later version adds leaves the sweeps before it what they are.
         data["study"] = {k: v for k, v in data["study"].items() if v != usual[k]}

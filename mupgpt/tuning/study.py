@@ -22,7 +22,6 @@ from mupgpt.tuning.storage import close_storage, default_url, open_storage, quie
 __all__ = ["Sweep", "earlier_sweep", "finished", "make_sampler", "penalized", "trials_of"]
 
 RUNS = Path("runs")
-COLUMN_TOKENS = 8192  # columns × tokens per step that still fit a core's share of the L3 cache
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 

@@ -28,10 +28,10 @@ from mupgpt.cpu import settle_cpu
 from mupgpt.data import load_corpus
 from mupgpt.stopping import stop_flag
 from mupgpt.tuning.chunk import Chunk
+from mupgpt.tuning.columns import columns_for
 from mupgpt.tuning.spec import Cell
 from mupgpt.tuning.storage import MISSED_BEATS, queue_again, quiet, retry_after_death
 from mupgpt.tuning.study import (
-    COLUMN_TOKENS,
     DONE,
     Sweep,
     earlier_sweep,
@@ -168,8 +168,13 @@ def _work(sweep: Sweep, worker: int, workers: int, stop: Callable[[], bool]) -> 
     first = worker % len(sweep.spec.cells)
     cells = sweep.spec.cells[first:] + sweep.spec.cells[:first]
     studies = {cell.name: sweep.study(cell, _salt(sweep, cell, workers)) for cell in cells}
+    rooms: dict[str, int] = {}
     while True:
-        took = sum(_work_cell(sweep, studies[c.name], c, workers, stop) for c in cells)
+        _check(stop)
+        took = 0
+        for cell in cells:
+            room = _room(sweep, cell, workers, stop, rooms)
+            took += _work_cell(sweep, studies[cell.name], cell, workers, room, stop)
         if not took:
             if not _anyone_running(sweep):
                 return
@@ -198,7 +203,12 @@ def _anyone_running(sweep: Sweep) -> bool:
 
 
 def _work_cell(
-    sweep: Sweep, study: optuna.Study, cell: Cell, workers: int, stop: Callable[[], bool]
+    sweep: Sweep,
+    study: optuna.Study,
+    cell: Cell,
+    workers: int,
+    room: int,
+    stop: Callable[[], bool],
 ) -> bool:
     """Train trials of the cell to their ends, others in the places of those that are stopped early;
     False when there was nothing to take."""
@@ -207,7 +217,7 @@ def _work_cell(
     taken: list[optuna.Trial] = []
     try:
         with _turn(sweep.url):
-            _take(sweep, study, cell, workers, _columns(sweep, cell), taken)
+            _take(sweep, study, cell, workers, room, taken)
             if not taken:
                 return sweep.spec.study.sampler == "grid" and _extend(sweep, study, cell)
         with _heartbeat(sweep.backend, chunk.trials):
@@ -226,10 +236,17 @@ def _work_cell(
     return True
 
 
-def _columns(sweep: Sweep, cell: Cell) -> int:
-    """Trials that train together."""
-    columns = max(1, COLUMN_TOKENS // cell.config().tokens_per_step)
-    return max(1, columns // len(sweep.spec.study.seeds))
+def _room(
+    sweep: Sweep, cell: Cell, workers: int, stop: Callable[[], bool], known: dict[str, int]
+) -> int:
+    """Trials of the cell that train together in this process; 0 when none is left to begin."""
+    left = sweep.to_begin(cell)
+    if left and cell.name not in known:
+        seeds, steps = len(sweep.spec.study.seeds), cell.config().steps
+        work = left * seeds * steps / workers
+        columns = columns_for(cell, work, workers, lambda: _check(stop))
+        known[cell.name] = max(1, columns // seeds)
+    return known[cell.name] if left else 0
 
 
 def _take(
