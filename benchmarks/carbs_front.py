@@ -15,6 +15,8 @@ import statistics
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy reads it
+
 import numpy as np
 import optuna
 from measure import goal, machine, write
@@ -133,5 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
     main()

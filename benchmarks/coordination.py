@@ -65,7 +65,8 @@ def joint(trials: int):
     from mupgpt.tuning.spec import load_spec
 
     spec = load_spec("joint")
-    return dataclasses.replace(spec, study=dataclasses.replace(spec.study, trials=trials))
+    study = dataclasses.replace(spec.study, trials=trials, columns=16)
+    return dataclasses.replace(spec, study=study)
 
 
 class Untrained:

@@ -36,7 +36,7 @@ from mupgpt.schedules import lr_factor
 from mupgpt.table import parametrize
 from mupgpt.training import compute, evaluate, param_dtype, pick_device, train_step
 from mupgpt.tuning.best import best_hparams
-from mupgpt.tuning.columns import best_count, usual
+from mupgpt.tuning.columns import Timing, best_count, fitting, time_step, usual
 from mupgpt.tuning.run import run_sweep
 from mupgpt.tuning.spec import load_spec, parse_spec
 from mupgpt.tuning.study import Sweep
@@ -61,14 +61,14 @@ def main() -> None:
         parser.error("no GPU is here; --toy runs every line at toy size")
     out = args.out.resolve()
     record = json.loads(out.read_text()) if out.is_file() else {}
-    record |= {"command": "python benchmarks/gpu_sweeps.py", "toy": args.toy,
-               "machine": machine() | gpu(device)}  # fmt: skip
+    record["command"] = "python benchmarks/gpu_sweeps.py"
+    where = {"toy": args.toy, "machine": machine() | gpu(device)}  # a stage may be run again
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         for stage in args.stages or STAGES:
             start = time.perf_counter()
             found = STAGES[stage](args.toy, device, out)
-            record[stage] = {"seconds": round(time.perf_counter() - start, 1), **found}
+            record[stage] = {"seconds": round(time.perf_counter() - start, 1), **where, **found}
             out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             print(f"{stage}: {record[stage]['seconds']} s", flush=True)
 
@@ -97,14 +97,10 @@ def against_each_other(
     solo_s = statistics.median(seconds for seconds, _ in alone)
     corpus = load_corpus(config.data)
 
-    def step_seconds(count: int) -> float:
-        population = Population([runs[i % SOLO] for i in range(count)], corpus)
-        population.train(5)
-        start = wait(device)
-        population.train(8)
-        return (wait(device) - start) / 3
+    def timing(count: int) -> Timing:
+        return time_step([runs[i % SOLO] for i in range(count)])
 
-    count = max(SOLO, best_count(step_seconds, usual(config), work))
+    count = max(SOLO, best_count(timing, usual(config), work, fitting(config)))
     start = wait(device)
     population = Population([runs[i % SOLO] for i in range(count)], corpus)
     population.train()

@@ -30,12 +30,14 @@ def capturable(model: GPT, optimizer: torch.optim.Optimizer) -> bool:
 class Captured:
     """``step`` of a batch, from its fourth call on recorded and replayed.
 
-    It must work in place on tensors that stay where they are, and read no others but the batch.
+    It must work in place on tensors that stay where they are, and read no others but the batch,
+    whose shape is always the same.
     """
 
     def __init__(self, step: Callable[[Batch], Tensor]) -> None:
         self._step = step
         self._warm = 0
+        self._stream = torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def forget(self) -> None:
@@ -58,9 +60,8 @@ class Captured:
 
     def _aside(self, batch: Batch) -> Tensor:
         """On a stream of its own, as a recording needs it of what went before."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             loss = self._step(batch)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         return loss

@@ -18,6 +18,7 @@ __all__ = [
     "Lion",
     "MemberAdamW",
     "PerMember",
+    "all_adamw",
     "assert_rates",
     "clip_gradients",
     "effective_lrs",
@@ -90,12 +91,13 @@ def make_optimizer(
         return _one_model(groups) if memory == "exact" else _lean(groups, memory, seed, backend)
     assert memory == "exact", "members have fp32 state"
     tables = [tables] * members if isinstance(tables, ParamTable) else tables
-    if _all_adamw(tables):
+    if all_adamw(tables):
         return MemberAdamW(param_groups(model, tables))
     return PerMember(param_groups(model, tables, merge=False))
 
 
-def _all_adamw(tables: Sequence[ParamTable]) -> bool:
+def all_adamw(tables: Sequence[ParamTable]) -> bool:
+    """Whether nothing in these tables takes another optimizer than AdamW."""
     return all(row.optimizer == "adamw" for table in tables for row in table.rows.values())
 
 
@@ -226,7 +228,8 @@ class MemberAdamW(torch.optim.Optimizer):
 
     ``lr``, ``weight_decay``, ``eps`` and ``betas`` of a group are tuples with one value a member.
     On a CPU a step is one fused call per member and group, over views; on a GPU (``vectors``) it
-    is arithmetic on whole parameters with vectors of the members' values, which `set_lr` loads.
+    is arithmetic on whole parameters with vectors of the members' values, and nothing but the
+    factors of their learning rates comes from the host.
     """
 
     def __init__(self, groups: list[dict[str, Any]], vectors: bool | None = None) -> None:
@@ -234,7 +237,8 @@ class MemberAdamW(torch.optim.Optimizer):
         first = groups[0]["params"][0]
         self.vectors = first.is_cuda if vectors is None else vectors
         self.steps = torch.zeros(len(first), device=first.device)  # taken by each member
-        self._values = torch.empty(0)
+        self._factors = torch.ones(len(first), dtype=first.dtype, device=first.device)
+        self._values = self._whole_values() if self.vectors else None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -248,10 +252,10 @@ class MemberAdamW(torch.optim.Optimizer):
                         "exp_avg": torch.zeros_like(p),
                         "exp_avg_sq": torch.zeros_like(p),
                     }
-            if self.vectors:
-                self._step_whole(group, self._values[place])
-            else:
+            if self._values is None:
                 self._step_views(group)
+            else:
+                self._step_whole(group, self._values[place])
 
     def _step_views(self, group: dict[str, Any]) -> None:
         params = group["params"]
@@ -284,8 +288,8 @@ class MemberAdamW(torch.optim.Optimizer):
             )
 
     def _step_whole(self, group: dict[str, Any], values: Tensor) -> None:
-        lr, decay, eps, beta1, beta2 = values  # (K,) each
-        steps = self.steps.to(values)
+        table_lr, decay, eps, beta1, beta2 = values  # (K,) each
+        lr, steps = table_lr * self._factors, self.steps.to(values)
         kept, rate = 1 - lr * decay, lr / (1 - beta1**steps)
         grown = (1 - beta2**steps).sqrt()
         for p in group["params"]:
@@ -295,33 +299,34 @@ class MemberAdamW(torch.optim.Optimizer):
             size = square.sqrt().div_(_beside(grown, p)).add_(_beside(eps, p))
             p.mul_(_beside(kept, p)).sub_(average.div(size).mul_(_beside(rate, p)))
 
-    def load(self) -> None:
-        """Bring the groups' values to the device, (groups, 5, K), where vectors are used."""
-        if not self.vectors:
-            return
-        values = torch.tensor([
-            (g["lr"], g["weight_decay"], g["eps"], *zip(*g["betas"], strict=True))
+    def _whole_values(self) -> Tensor:
+        """The values of all groups, (groups, 5, K), beside the parameters."""
+        first = self.param_groups[0]["params"][0]
+        values = [
+            (g["table_lr"], g["weight_decay"], g["eps"], *zip(*g["betas"], strict=True))
             for g in self.param_groups
-        ], dtype=torch.float64)  # fmt: skip
-        if self._values.shape != values.shape:
-            p = self.param_groups[0]["params"][0]
-            self._values = torch.empty_like(values, dtype=p.dtype, device=p.device)
-        self._values.copy_(values)
+        ]
+        return torch.tensor(values, dtype=first.dtype, device=first.device)
+
+    def load(self, factors: Sequence[float]) -> None:
+        """Bring the factors of this step's learning rates to the device, one a member."""
+        self._factors.copy_(torch.tensor(factors, dtype=torch.float64))
 
     def keep(self, members: Sequence[int]) -> None:
         """Forget the state and values of all other members (their parameters are cut already)."""
         _keep_values(self.param_groups, members)
-        self.steps = self.steps[list(members)]
+        self.steps, self._factors = self.steps[list(members)], self._factors[list(members)]
+        if self._values is not None:
+            self._values = self._values[..., list(members)]
         for state in self.state.values():
             for key in state:
                 state[key] = state[key][list(members)]
 
     def renew(self, members: Sequence[int], model: GPT, tables: Sequence[ParamTable]) -> None:
         """Begin these members anew, by the tables of all (their parameters are filled already)."""
-        if not _all_adamw(tables):
-            raise ConfigError("rule: a new member takes another optimizer than AdamW, which all "
-                              "members of this population have; begin a new one")  # fmt: skip
         self.param_groups = param_groups(model, tables)
+        if self._values is not None:
+            self._values = self._whole_values()
         for tensor in (self.steps, *(t for state in self.state.values() for t in state.values())):
             tensor[list(members)] = 0.0
 
@@ -342,16 +347,19 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float | Sequence[float]) ->
 
     For members the factor may be one for all, or one each.
     """
-    for group in optimizer.param_groups:
-        base = group["table_lr"]
-        if isinstance(base, tuple):
-            factors = factor if isinstance(factor, Sequence) else [factor] * len(base)
-            group["lr"] = tuple(lr * f for lr, f in zip(base, factors, strict=True))
-        else:
-            assert not isinstance(factor, Sequence), "one model has one factor"
-            group["lr"] = base * factor
-    if isinstance(optimizer, MemberAdamW):
-        optimizer.load()
+    groups = optimizer.param_groups
+    if not isinstance(groups[0]["table_lr"], tuple):
+        assert not isinstance(factor, Sequence), "one model has one factor"
+        for group in groups:
+            group["lr"] = group["table_lr"] * factor
+        return
+    members = len(groups[0]["table_lr"])
+    factors = factor if isinstance(factor, Sequence) else [factor] * members
+    if isinstance(optimizer, MemberAdamW) and optimizer.vectors:
+        optimizer.load(factors)
+        return
+    for group in groups:
+        group["lr"] = tuple(lr * f for lr, f in zip(group["table_lr"], factors, strict=True))
 
 
 def effective_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from mupgpt.config import TrainConfig
 from mupgpt.data import Batches, Corpus, eval_batch
 from mupgpt.init import init_weights
 from mupgpt.model import GPT
-from mupgpt.optim import MemberAdamW, PerMember, make_optimizer, set_lr
+from mupgpt.optim import MemberAdamW, PerMember, all_adamw, make_optimizer, set_lr
 from mupgpt.plain import ConfigError
 from mupgpt.schedules import lr_factor
 from mupgpt.table import ParamTable, parametrize
@@ -58,9 +58,10 @@ class Population:
         optimizer = make_optimizer(self.model, self._tables)
         assert isinstance(optimizer, MemberAdamW | PerMember)
         self.optimizer = optimizer
-        self._update = self._step_together
-        if self.device.type == "cuda" and capturable(self.model, optimizer):
-            self._update = Captured(self._step_together)
+        self._update = _stepper(self.config, self.model, optimizer, self.device)
+        one_shape = len(self.config.course) == 1
+        if self.device.type == "cuda" and one_shape and capturable(self.model, optimizer):
+            self._update = Captured(self._update)
 
     @property
     def clocks(self) -> dict[int, int]:
@@ -118,7 +119,13 @@ class Population:
         if len(self.config.course) > 1:
             raise ConfigError("phases: members of one population would be in different ones")
         places = [self.members.index(m) for m in members]
+        assert len(places) == len(configs), f"{len(configs)} runs for {len(places)} places"
         fresh = [_Column(config) for config in configs]
+        if isinstance(self.optimizer, MemberAdamW) and not all_adamw([c.table for c in fresh]):
+            raise ConfigError(
+                "rule: a new member takes another optimizer than AdamW, which all members of this "
+                "population have; begin a new one"
+            )
         for i, column in zip(places, fresh, strict=True):
             self._columns[i], self.members[i] = column, self._next
             self._next += 1
@@ -143,11 +150,6 @@ class Population:
         init_weights(model, [c.table for c in columns], [c.config.seed for c in columns])
         return model
 
-    def _step_together(self, batch: Batch) -> Tensor:
-        c = self.config
-        with compute(c.precision, self.device):
-            return update(self.model, self.optimizer, batch, c.grad_clip, c.accumulate)[0]
-
     def _forget(self) -> None:
         """What was recorded is of other members."""
         if isinstance(self._update, Captured):
@@ -157,10 +159,23 @@ class Population:
         wanted = [(c.config.seed, c.step) for c in self._columns]
         for seed in {seed for seed, _ in wanted} - self._batches.keys():
             self._batches[seed] = Batches(self._corpus, self.config.course, seed)
-        drawn = {(seed, step): self._batches[seed](step) for seed, step in set(wanted)}
-        tokens = torch.stack([drawn[key][0] for key in wanted])
-        targets = torch.stack([drawn[key][1] for key in wanted])
-        return tokens.to(self.device), targets.to(self.device)
+        distinct = list(dict.fromkeys(wanted))
+        drawn = [self._batches[seed](step) for seed, step in distinct]
+        which = torch.tensor([distinct.index(key) for key in wanted], device=self.device)
+        tokens, targets = (torch.stack(t).to(self.device) for t in zip(*drawn, strict=True))
+        return tokens[which], targets[which]
+
+
+def _stepper(
+    config: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, device: torch.device
+) -> Callable[[Batch], Tensor]:
+    """The step of a batch; it knows no population, which would keep itself alive by it."""
+
+    def step(batch: Batch) -> Tensor:
+        with compute(config.precision, device):
+            return update(model, optimizer, batch, config.grad_clip, config.accumulate)[0]
+
+    return step
 
 
 def _same_shape(a: TrainConfig, b: TrainConfig) -> None:

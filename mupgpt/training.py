@@ -50,14 +50,14 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     if accumulate > 1:
         sum_in_fp32(model)
-    total = torch.zeros(())
+    losses = []
     for tokens, targets in micro_batches(batch, accumulate):
         loss = model(tokens, targets).mean(dim=(-2, -1)) / accumulate
         loss.sum().backward()
-        total = total.to(loss) + loss.detach()
+        losses.append(loss.detach())
     norm = clip_gradients(model, grad_clip)
     optimizer.step()
-    return total, norm
+    return torch.stack(losses).sum(0), norm
 
 
 def sum_in_fp32(model: GPT) -> None:

@@ -3,24 +3,26 @@
 import math
 
 import pytest
+import torch
 from test_tuning import RAW, spec
 
 from mupgpt.presets import train_config
 from mupgpt.tuning import columns as columns_module
-from mupgpt.tuning.columns import STEPS, best_count, columns_for, usual
+from mupgpt.tuning.columns import Timing, best_count, columns_for, usual
 
 
 class Device:
-    """Step times of a planted device; counts what measuring took."""
+    """Step times of a planted device, on which a timing takes ten steps; counts what that took."""
 
     def __init__(self, seconds):
         self.seconds, self.spent, self.asked = seconds, 0.0, []
 
     def __call__(self, count):
         seconds = self.seconds(count)
+        spent = 10 * (seconds if math.isfinite(seconds) else 1.0)
         self.asked.append(count)
-        self.spent += STEPS * seconds if math.isfinite(seconds) else 0.0
-        return seconds
+        self.spent += spent
+        return Timing(seconds, spent)
 
 
 def launches(count):
@@ -37,21 +39,29 @@ def cache(count):
     ("seconds", "first", "found"),
     [
         (launches, 16, 256),
-        (cache, 16, 32),
+        (cache, 8, 16),
         (cache, 128, 32),
+        (lambda k: k**0.9, 16, 16),  # 7 % by each doubling: not worth it
         (lambda k: float(k), 16, 16),  # all the same: what was there stays
         (lambda k: 1.0 if k <= 64 else math.inf, 16, 64),  # memory ends
+        (lambda k: 1.0 if k <= 6 else math.inf, 16, 4),  # and did so at the first
         (lambda k: 1.0 * k**2, 16, 1),
     ],
 )
 def test_the_count_with_the_most_columns_a_second(seconds, first, found):
-    assert best_count(Device(seconds), first, work=1e9) == found
+    assert best_count(Device(seconds), first, work=1e9, most=1000) == found
 
 
-@pytest.mark.parametrize("work", [3e3, 1e4, 1e5])
+def test_no_more_than_fit_are_tried():
+    device = Device(launches)
+    assert best_count(device, 16, work=1e9, most=100) == 64
+    assert max(device.asked) == 64
+
+
+@pytest.mark.parametrize("work", [1e4, 1e5, 1e6])
 def test_measuring_takes_a_fiftieth_of_the_work_at_most(work):
     device = Device(launches)
-    chosen = best_count(device, 4, work)
+    chosen = best_count(device, 4, work, most=10**6)
     rate = 4 / launches(4)
     assert device.spent <= 0.02 * work / rate
     assert chosen == min(256, max(device.asked)) > 4
@@ -63,7 +73,8 @@ def _text(tmp_path):
 
 
 def test_little_work_is_not_timed(monkeypatch):
-    monkeypatch.setattr(columns_module, "_step_seconds", lambda cell, count: 1 / 0)
+    monkeypatch.setattr(columns_module, "time_step", lambda configs: 1 / 0)
+    monkeypatch.setattr(columns_module, "pick_device", lambda: torch.device("cpu"))
     (cell,) = spec().cells
     tokens = 4 * 16
     assert columns_for(cell, work=1000) == usual(cell.config()) == 8192 // tokens
@@ -84,6 +95,7 @@ def test_the_spec_decides_where_it_says_so():
 
 def test_memory_bounds_the_count(monkeypatch):
     """13B in 32 GiB: one at a time; half of the memory, by the plan's own bytes, is used."""
+    monkeypatch.setattr(columns_module, "pick_device", lambda: torch.device("cpu"))
     config = train_config({**RAW["train"], "data": {}, "batch_size": 1, "precision": "fp32"})
     assert usual(config) == 512
     need = max(m.total for m in columns_module.moments(config, "exact", "none"))

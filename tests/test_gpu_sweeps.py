@@ -26,7 +26,7 @@ def record(folder):
 
 def test_populations_end_where_single_runs_end(record):
     rows = record["speed"]["runs"]
-    assert [row["d_model"] for row in rows] == [64, 128, 256]
+    assert [row["d_model"] for row in rows] == [64, 128, 256] and record["speed"]["toy"]
     for row in rows:
         times, apart = row["goals"]
         assert apart["found"] == row["apart"] < 1e-5 and apart["reached"]
@@ -45,4 +45,4 @@ def test_verdicts_come_with_their_pictures(record, folder):
 def test_the_search_ends_with_its_best(record):
     proxy = record["proxy"]
     assert len(proxy["trials"]) == 4 and all(len(t["params"]) == 3 for t in proxy["trials"])
-    assert proxy["loss"] < 5.6
+    assert proxy["loss"] < 5.4  # a uniform guess has 5.55

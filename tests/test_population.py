@@ -1,16 +1,27 @@
 """K members trained together are K runs trained alone, whatever happens to the others."""
 
 import dataclasses
+import gc
+import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mupgpt.config import HParams
+from mupgpt import population as population_module
+from mupgpt.capture import WARM, Captured, capturable
+from mupgpt.config import Base, HParams
 from mupgpt.data import Corpus
+from mupgpt.model import GPT
+from mupgpt.optim import MemberAdamW, param_groups, set_lr
 from mupgpt.plain import ConfigError
 from mupgpt.population import Population
 from mupgpt.presets import train_config
+from mupgpt.table import parametrize
+from mupgpt.training import update
 
 RNG = np.random.default_rng(0)
 CORPUS = Corpus(
@@ -30,11 +41,12 @@ HPS = [
 ]
 
 
+SHAPE = {"n_layer": 2, "d_model": 16, "n_head": 2, "vocab_size": 30, "seq_len": 8}
+
+
 def config(k=0, seed=None, **changes):
     raw = {
-        "model": {
-            "n_layer": 2, "d_model": 16, "n_head": 2, "vocab_size": 30, "seq_len": 8,
-        },
+        "model": SHAPE,
         "base": {
             "d_model": 8, "d_ffn": 32, "n_head": 1, "d_head": 8, "n_kv_head": 1, "n_layer": 2,
         },
@@ -139,11 +151,16 @@ def test_a_place_is_taken_by_what_fits_alone():
         two.replace([0], [config(0, rule="mup", steps=21)])
 
 
-def test_vectors_of_values_are_fused_steps():
+def vectors(model, tables):
+    return MemberAdamW(param_groups(model, tables), vectors=True)
+
+
+def test_vectors_of_values_are_fused_steps(monkeypatch):
     """The update of a GPU, on whole parameters, is that of a CPU, member by member."""
     configs = [config(k) for k in range(4)]
-    whole, views = Population(configs, CORPUS), Population(configs, CORPUS)
-    whole.optimizer.vectors = True
+    views = Population(configs, CORPUS)
+    monkeypatch.setattr(population_module, "make_optimizer", vectors)
+    whole = Population(configs, CORPUS)
     for population in (whole, views):
         population.train(10)
         population.keep([1, 2, 3])
@@ -152,6 +169,116 @@ def test_vectors_of_values_are_fused_steps():
     assert whole.evaluate() == pytest.approx(views.evaluate(), abs=1e-12)
     for a, b in zip(whole.model.parameters(), views.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_populations_end_with_their_last_name():
+    """Nothing of them refers to itself: memory is free for the next one at once."""
+    population = Population([config(0)], CORPUS)
+    population.train(2)
+    gone = weakref.ref(population.model)
+    gc.disable()
+    try:
+        del population
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+class HostTensors(TorchDispatchMode):
+    """Notes every operation on a tensor that is not on the device ``meta``."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        if any(t.device.type != "meta" for t in tensors):
+            self.seen.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+@pytest.mark.parametrize("block", [{}, {"norm": "rmsnorm", "activation": "swiglu", "bias": False}])
+def test_a_step_that_is_recorded_touches_nothing_on_the_host(positions, block, monkeypatch):
+    """What a CUDA graph cannot do; on a device without values any such operation shows."""
+    model = dataclasses.replace(config(0).model, positions=positions, **block)
+    tables = [parametrize(model, Base.of(model), hparams, "mup") for hparams in HPS[:2]]
+    with torch.device("meta"):
+        net = GPT(model, members=2)
+        batch = torch.zeros(2, 2, 4, 8, dtype=torch.long)
+    net.apply_table(tables)
+    optimizer = vectors(net, tables)
+    assert capturable(net, optimizer)
+    set_lr(optimizer, [0.5, 1.0])
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: self.is_meta))
+    with HostTensors() as host:
+        update(net, optimizer, (batch[0], batch[1]), 1.0, accumulate=2)
+    assert host.seen == []
+
+
+def test_what_reads_from_the_host_is_not_recorded():
+    """ALiBi's slopes and other optimizers' learning rates; and the test before can fail."""
+    alibi = Population([config(0, model={**SHAPE, "positions": "alibi"})], CORPUS)
+    muon = Population([config(0, rule="mup-muon")], CORPUS)
+    plain = Population([config(0)], CORPUS)
+    for population, expected in ((alibi, False), (muon, False), (plain, True)):
+        assert capturable(population.model, population.optimizer) == expected
+    with HostTensors() as host:
+        torch.zeros(()) + torch.zeros((), device="meta")
+    assert host.seen
+
+
+class Graphs:
+    """In the place of ``torch.cuda``: a graph is what ran while it was recorded, and runs again."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+        self.CUDAGraph, self.Stream = (lambda: self), (lambda: self)
+        self.current_stream = lambda: self
+        self.stream = lambda stream: nullcontext()
+
+    def wait_stream(self, stream):
+        pass
+
+    def graph(self, graph):
+        self.recorded += 1
+        return nullcontext()
+
+    def replay(self):
+        self.replayed += 1
+
+
+def test_a_step_is_recorded_once_and_again_for_other_members(monkeypatch):
+    cuda, seen = Graphs(), []
+    monkeypatch.setattr(torch, "cuda", cuda)
+    captured = Captured(lambda batch: seen.append(batch) or batch[0].sum())
+    for i in range(WARM + 3):
+        captured((torch.full((2,), i), torch.full((2,), -i)))
+    assert len(seen) == WARM + 1 and (cuda.recorded, cuda.replayed) == (1, 3)
+    held = seen[-1]
+    assert held[0].tolist() == [WARM + 2] * 2 and held[1].tolist() == [-WARM - 2] * 2
+    captured.forget()
+    captured((torch.zeros(2), torch.zeros(2)))
+    assert (cuda.recorded, cuda.replayed) == (2, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_recorded_steps_are_launched_ones(monkeypatch):
+    """Through `keep` and `replace`, on a GPU."""
+    configs = [config(k, rule="mup", precision="fp32") for k in range(4)]
+    recorded = Population(configs, CORPUS)
+    monkeypatch.setattr(population_module, "capturable", lambda *_: False)
+    launched = Population(configs, CORPUS)
+    assert isinstance(recorded._update, Captured) and not isinstance(launched._update, Captured)
+    for population in (recorded, launched):
+        population.train(8)
+        population.keep([1, 2, 3])
+        population.replace([2], [configs[0]])
+        population.train()
+    assert recorded.evaluate() == pytest.approx(launched.evaluate(), abs=1e-3)
 
 
 def test_accumulation_is_one_batch():

@@ -93,15 +93,13 @@ def test_a_trial_is_its_columns_trained_alone():
 def test_an_interrupt_gives_trials_back(monkeypatch):
     sweep = Sweep.create(spec())
     fill(sweep)
-    calls = {"n": 0}
+    study = sweep.study(sweep.spec.cells[0])
 
     def stop():
-        calls["n"] += 1
-        return calls["n"] == 2  # once inside the first population
+        return states(study).count("RUNNING") == 6  # inside the first population
 
     with pytest.raises(KeyboardInterrupt):
         work(sweep, stop=stop)
-    study = sweep.study(sweep.spec.cells[0])
     assert states(study) == ["WAITING"] * 6  # all were in hand
     params = [t.params or t.system_attrs["fixed_params"] for t in study.trials[-6:]]
     done = run_sweep(sweep.spec, workers=1)
@@ -181,7 +179,7 @@ def take_everything(queue, start):
     while True:
         trials = []
         with worker_module._turn(sweep.url):
-            worker_module._take(sweep, study, sweep.spec.cells[0], 40, 100, trials)
+            worker_module._take(sweep, study, sweep.spec.cells[0], 1, trials)
         if not trials:
             break
         taken += [t.number for t in trials]
@@ -305,6 +303,27 @@ def test_halving_stops_the_worse_and_counts_them():
     stopped = [rung[t.number] for t in by_state[TrialState.PRUNED]]
     assert max(survived) < min(stopped)
     assert len(survived) == 3
+
+
+def test_a_trial_is_in_hand_from_its_ask_to_its_end(monkeypatch):
+    """What heartbeats cover: also while others are asked for, which may take a sampler long."""
+    seen, ask, beating = [], optuna.Study.ask, worker_module._heartbeat
+
+    def heartbeat(storage, in_hand):
+        seen.append(in_hand)
+        return beating(storage, in_hand)
+
+    def asked(study, *args):
+        trial = ask(study, *args)
+        covered.append([t.number for t in seen[-1]()])
+        return trial
+
+    covered = []
+    monkeypatch.setattr(worker_module, "_heartbeat", heartbeat)
+    monkeypatch.setattr(optuna.Study, "ask", asked)
+    run_sweep(spec(study={"trials": 4}), workers=1)
+    assert covered == [[], [0], [0, 1], [0, 1, 2]]
+    assert seen[-1]() == []
 
 
 def test_free_places_are_taken_by_the_next_trials(monkeypatch):

@@ -52,11 +52,13 @@ class Chunk:
         seeds = self._search.seeds
         configs = [self._cell.config(t.params, seed) for t in trials for seed in seeds]
         kept = [m for t in self.trials for m in self._members[t.number]]
+        in_hand = set(kept)
         if self._population is None:
             self._population = Population(configs, self._corpus)
             members = self._population.members
         else:
-            places = [m for m in self._population.members if m not in kept][: len(configs)]
+            places = [m for m in self._population.members if m not in in_hand]
+            places = places[: len(configs)]
             members = self._population.replace(places, configs) if configs else []
             self._population.keep([*kept, *members])
         for i, trial in enumerate(trials):
@@ -69,7 +71,8 @@ class Chunk:
         population = self._population
         assert population is not None
         started = time.monotonic()
-        left = min(self._next_end(t) - self._clock(t) for t in self.trials)
+        clocks = set(self._clocks().values())
+        left = min(end - clock for clock in clocks for end in self._ends if end > clock)
         for _ in range(left):
             check()
             population.train(population.step + 1)
@@ -80,7 +83,7 @@ class Chunk:
     def settle(self) -> None:
         """Report and judge who stands at a rung, tell who has finished; both may leave."""
         assert self._population is not None
-        clocks = {t.number: self._clock(t) for t in self.trials}
+        clocks = self._clocks()
         standing = [t for t in self.trials if clocks[t.number] in self._ends]
         losses = self._population.evaluate([m for t in standing for m in self._members[t.number]])
         found = {t.number: [losses[m] for m in self._members[t.number]] for t in standing}
@@ -116,12 +119,11 @@ class Chunk:
         log.info("%s trial %d: %.4f nats, its share %.1f s",
                  self._study.study_name, trial.number, value, seconds)  # fmt: skip
 
-    def _clock(self, trial: optuna.Trial) -> int:
+    def _clocks(self) -> dict[int, int]:
+        """The steps that each trial in hand has taken, by number."""
         assert self._population is not None
-        return self._population.clocks[self._members[trial.number][0]]
-
-    def _next_end(self, trial: optuna.Trial) -> int:
-        return next(end for end in self._ends if end > self._clock(trial))
+        clocks = self._population.clocks
+        return {t.number: clocks[self._members[t.number][0]] for t in self.trials}
 
 
 def _value(losses: Sequence[float], vocab_size: int) -> float:

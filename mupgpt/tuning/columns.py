@@ -1,29 +1,31 @@
 """How many columns train together: as memory allows, and as a short timing finds."""
 
+import itertools
 import logging
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from mupgpt.config import TrainConfig
 from mupgpt.data import load_corpus
-from mupgpt.memory import moments
+from mupgpt.memory import CHUNK, moments
 from mupgpt.population import Population
 from mupgpt.training import pick_device
 from mupgpt.tuning.spec import Cell
 
-__all__ = ["best_count", "columns_for", "usual"]
+__all__ = ["Timing", "best_count", "columns_for", "fitting", "time_step", "usual"]
 
 TOKENS = {"cpu": 2**13, "cuda": 2**17}
 """Columns × tokens per step: what still fits a core's share of the L3 cache; what fills a GPU."""
 WARM = {"cpu": 1, "cuda": 5}  # steps before a timing; a GPU's are recorded in them
-STEPS = 3  # that one timing costs about
+STEPS = 2  # that are timed
+TIMED_AT_LEAST = 12  # times the usual count: the steps that three timings take at the very least
 SHARE = 0.02  # of the work at hand: timing may take no more
-GAIN = 0.05  # more columns a second, or another count is not worth it
+GAIN = 0.2  # more columns a second: less is noise, and a sampler learns later from larger groups
 MISSES = 2  # counts without a gain in a row that end the search in one direction
 MEMORY_SHARE = 0.5  # of the memory: what a plan does not know needs room too
 
@@ -32,12 +34,18 @@ log = logging.getLogger("mupgpt.worker")
 
 def usual(config: TrainConfig, processes: int = 1) -> int:
     """Columns of one population where nothing was timed, on a device that processes share."""
-    device = pick_device().type
-    if device == "cpu" and config.precision == "auto":
+    most = TOKENS[pick_device().type] // config.tokens_per_step
+    return max(1, min(most, fitting(config, processes)))
+
+
+def fitting(config: TrainConfig, processes: int = 1) -> int:
+    """Columns for which there is memory, on a device that processes share."""
+    if pick_device().type == "cpu" and config.precision == "auto":
         config = replace(config, precision="fp32")  # which it is there
     need = max(moment.total for moment in moments(config, "exact", "none"))
-    fit = int(MEMORY_SHARE * _memory() / processes / need)
-    return max(1, min(TOKENS[device] // config.tokens_per_step, fit))
+    if (logits := config.tokens_per_step * config.model.vocab_size) > CHUNK:
+        need += 3 * 4 * logits  # members' are not chunked, as those of one model are
+    return max(1, int(MEMORY_SHARE * _memory() / processes / need))
 
 
 def columns_for(
@@ -48,46 +56,60 @@ def columns_for(
     ``work`` is what it has to train, in steps of one column: where that is little, the usual count
     is taken untimed. ``check()`` is called before each timing.
     """
-    config = cell.config()
     if cell.spec.study.columns:
         return cell.spec.study.columns
+    config = cell.config()
     first = usual(config, processes)
-    if (1 + 2 + 0.5) * STEPS * first > SHARE * work:
+    if TIMED_AT_LEAST * first > SHARE * work or config.steps < WARM[pick_device().type] + STEPS:
         return first
-    found: dict[int, float] = {}
+    rates: dict[int, str] = {}
 
-    def measure(count: int) -> float:
+    def measure(count: int) -> Timing:
         check()
-        found[count] = _step_seconds(cell, count)
-        return found[count]
+        seeds = cell.spec.study.seeds
+        timing = time_step([cell.config({}, seeds[i % len(seeds)]) for i in range(count)])
+        rates[count] = f"{count}: {count / timing.step:.0f}"
+        return timing
 
-    chosen = best_count(measure, first, work)
-    rates = ", ".join(f"{k}: {k / found[k]:.0f}" for k in sorted(found))
+    chosen = best_count(measure, first, work, fitting(config, processes))
     log.info("%s: %d columns together (steps of one column a second by count: %s)",
-             cell.name, chosen, rates)  # fmt: skip
+             cell.name, chosen, ", ".join(rates[k] for k in sorted(rates)))  # fmt: skip
     return chosen
 
 
-def best_count(measure: Callable[[int], float], first: int, work: float) -> int:
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one step of a population (infinity where memory ends), and of measuring it."""
+
+    step: float
+    spent: float
+
+
+def best_count(measure: Callable[[int], Timing], first: int, work: float, most: int) -> int:
     """The count with the most columns a second near ``first``, by doubling or halving it.
 
-    ``measure(count)`` trains `STEPS` steps and returns the seconds of one; infinity where memory
-    ends. It stops before measuring takes more than `SHARE` of ``work`` steps of one column.
+    It goes no higher than ``most``, and stops where measuring twice as many as before would have
+    taken more than `SHARE` of ``work`` steps of one column.
 
-    >>> best_count(lambda k: 1 + k / 64 if k <= 128 else math.inf, 16, 1e6)
-    128
-    >>> best_count(lambda k: k**2, 16, 1e6)
-    1
+    >>> def measure(count):  # a step takes as long for 128 as for one
+    ...     seconds = max(1.0, count / 128)
+    ...     return Timing(seconds, 3 * seconds)
+    >>> best_count(measure, 16, work=1e6, most=1000), best_count(measure, 16, work=1e6, most=50)
+    (128, 32)
     """
-    best, rate = first, first / measure(first)
-    left = SHARE * work / rate - STEPS * first / rate  # seconds
+    timing = measure(first)
+    while not math.isfinite(timing.step) and first > 1:
+        first //= 2
+        timing = measure(first)
+    best, rate = first, first / timing.step
+    left = SHARE * work / rate - timing.spent  # seconds
     for factor in (2.0, 0.5):
-        count, misses = int(first * factor), 0
-        while misses < MISSES and count >= 1 and STEPS * count / rate <= left:
-            seconds = measure(count)
-            left -= STEPS * seconds if math.isfinite(seconds) else 0.0
-            if count / seconds >= rate * (1 + GAIN):
-                best, rate, misses = count, count / seconds, 0
+        count, misses, spent = int(first * factor), 0, timing.spent
+        while misses < MISSES and 1 <= count <= most and factor * spent <= left:
+            now = measure(count)
+            spent, left = now.spent, left - now.spent
+            if count / now.step >= rate * (1 + GAIN):
+                best, rate, misses = count, count / now.step, 0
             else:
                 misses += 1
             count = int(count * factor)
@@ -96,18 +118,21 @@ def best_count(measure: Callable[[int], float], first: int, work: float) -> int:
     return best
 
 
-def _step_seconds(cell: Cell, count: int) -> float:
-    config = cell.config()
+def time_step(configs: Sequence[TrainConfig]) -> Timing:
+    """How long a step of these runs together takes on this device."""
+    started = _now()
     try:
-        population = Population([cell.config({}, seed) for seed in range(count)],
-                                load_corpus(config.data))  # fmt: skip
+        population = Population(configs, load_corpus(configs[0].data))
         warm = WARM[population.device.type]
         population.train(warm)
-        started = _now()
-        population.train(warm + 2)
-        return (_now() - started) / 2
+        times = [_now()]
+        for step in range(1, STEPS + 1):
+            population.train(warm + step)
+            times.append(_now())
+        seconds = min(b - a for a, b in itertools.pairwise(times))
     except torch.OutOfMemoryError:
-        return math.inf
+        seconds = math.inf
+    return Timing(seconds, _now() - started)
 
 
 def _now() -> float:

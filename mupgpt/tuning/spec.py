@@ -17,7 +17,11 @@ from mupgpt.presets import overlay, train_config
 from mupgpt.rules import get_rule
 from mupgpt.tuning.space import Dimension, SearchSpace
 
-__all__ = ["Cell", "StudyConfig", "SweepSpec", "load_spec"]
+__all__ = ["FREE", "Cell", "StudyConfig", "SweepSpec", "load_spec"]
+
+
+FREE = ("trials", "columns", "heartbeat")
+"""Keys of `StudyConfig` that decide no trial's result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,7 @@ class SweepSpec:
         """A hash of all that decides a trial's result; budget and columns are not part of it."""
         data = self.to_dict()
         usual = to_dict(StudyConfig())
-        for key in ("trials", "columns", "heartbeat"):
+        for key in FREE:
             data["study"].pop(key)
         # A key that a later version adds leaves the sweeps before it what they are.
         data["study"] = {k: v for k, v in data["study"].items() if v != usual[k]}

@@ -16,7 +16,7 @@ from mupgpt.data import load_corpus
 from mupgpt.plain import ConfigError
 from mupgpt.training import compute, pick_device
 from mupgpt.tuning.carbs import CarbsSampler
-from mupgpt.tuning.spec import Cell, StudyConfig, SweepSpec, parse_spec
+from mupgpt.tuning.spec import FREE, Cell, StudyConfig, SweepSpec, parse_spec
 from mupgpt.tuning.storage import close_storage, default_url, open_storage, quiet, study_attrs
 
 __all__ = ["Sweep", "earlier_sweep", "finished", "make_sampler", "penalized", "trials_of"]
@@ -153,7 +153,7 @@ def _trainable(spec: SweepSpec) -> dict[str, Any]:
 def _first_difference(old: Any, new: Any, path: str = "") -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
-            if key not in ("trials", "heartbeat") and old.get(key) != new.get(key):
+            if key not in FREE and old.get(key) != new.get(key):
                 return _first_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
     return f"{path}: {old!r} there, {new!r} here"
 

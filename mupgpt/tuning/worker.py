@@ -170,7 +170,6 @@ def _work(sweep: Sweep, worker: int, workers: int, stop: Callable[[], bool]) -> 
     studies = {cell.name: sweep.study(cell, _salt(sweep, cell, workers)) for cell in cells}
     rooms: dict[str, int] = {}
     while True:
-        _check(stop)
         took = 0
         for cell in cells:
             room = _room(sweep, cell, workers, stop, rooms)
@@ -185,7 +184,7 @@ def _work(sweep: Sweep, worker: int, workers: int, stop: Callable[[], bool]) -> 
 def _salt(sweep: Sweep, cell: Cell, workers: int) -> str:
     """What tells this session's sampler from earlier ones and from its neighbours'.
 
-    Alone on a local database it is the number of trials that were begun: a sweep is repeatable.
+    Alone on a local database it is the number of trials that were begun: a session is repeatable.
     """
     trials = sweep.study(cell).get_trials(deepcopy=False)
     begun = sum(t.state != TrialState.WAITING for t in trials)
@@ -215,12 +214,16 @@ def _work_cell(
     _check(stop)
     chunk = Chunk(study, cell, load_corpus(cell.config().data))
     taken: list[optuna.Trial] = []
+
+    def in_hand() -> list[optuna.Trial]:
+        return [*chunk.trials, *taken]
+
     try:
-        with _turn(sweep.url):
-            _take(sweep, study, cell, workers, room, taken)
-            if not taken:
-                return sweep.spec.study.sampler == "grid" and _extend(sweep, study, cell)
-        with _heartbeat(sweep.backend, chunk.trials):
+        with _heartbeat(sweep.backend, in_hand):
+            with _turn(sweep.url):
+                _take(sweep, study, cell, _share(sweep, cell, workers, room), taken, stop)
+                if not taken:
+                    return sweep.spec.study.sampler == "grid" and _extend(sweep, study, cell)
             while taken or chunk.trials:
                 chunk.begin(taken)
                 taken.clear()
@@ -228,9 +231,10 @@ def _work_cell(
                 chunk.settle()
                 if chunk.trials and chunk.free:
                     with _turn(sweep.url):
-                        _take(sweep, study, cell, workers, chunk.free, taken)
+                        count = _share(sweep, cell, workers, chunk.free)
+                        _take(sweep, study, cell, count, taken, stop)
     except BaseException:
-        running = [t for t in [*chunk.trials, *taken] if _state(study, t) == TrialState.RUNNING]
+        running = [t for t in in_hand() if _state(study, t) == TrialState.RUNNING]
         _give_back(sweep, study, running)
         raise
     return True
@@ -249,19 +253,25 @@ def _room(
     return known[cell.name] if left else 0
 
 
+def _share(sweep: Sweep, cell: Cell, workers: int, room: int) -> int:
+    """How many trials a worker takes of what is left, with room for so many."""
+    return min(room, -(-sweep.to_begin(cell) // workers))
+
+
 def _take(
     sweep: Sweep,
     study: optuna.Study,
     cell: Cell,
-    workers: int,
-    room: int,
+    count: int,
     trials: list[optuna.Trial],
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Add trials for a population with ``room`` for so many: a worker's share of what is left.
+    """Add up to ``count`` new trials, as long as they are within the budget.
 
     Each is signed by a heartbeat, then by name: whatever dies in between can be told apart.
     """
-    for _ in range(min(room, -(-sweep.to_begin(cell) // workers))):
+    for _ in range(count):
+        _check(stop)
         with quiet():
             trial = study.ask(cell.search_space.distributions)
         if _surplus(sweep, cell, trial):
@@ -323,7 +333,7 @@ def _give_back(sweep: Sweep, study: optuna.Study, trials: Sequence[optuna.Trial]
 
 
 @contextmanager
-def _heartbeat(storage: BaseStorage, trials: Sequence[optuna.Trial]) -> Iterator[None]:
+def _heartbeat(storage: BaseStorage, in_hand: Callable[[], list[optuna.Trial]]) -> Iterator[None]:
     """Signs of life for every trial in hand: Optuna's own cover only Study.optimize."""
     if not isinstance(storage, RDBStorage):
         yield
@@ -332,7 +342,7 @@ def _heartbeat(storage: BaseStorage, trials: Sequence[optuna.Trial]) -> Iterator
 
     def beat() -> None:
         while not done.wait(interval):
-            _beat(storage, list(trials))
+            _beat(storage, in_hand())
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
