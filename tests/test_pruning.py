@@ -67,17 +67,20 @@ def test_every_pruner_ends_a_sweep_at_its_budget(pruner):
         assert sorted(trial.intermediate_values) in ([[3], [3, 6]] if stopped else [[3, 6]])
 
 
-def test_a_warm_start_tries_the_earlier_best_first():
-    """After the run as it stands come the earlier sweep's best, as far as they lie inside."""
-    earlier = run_sweep(spec(), workers=1)
+@pytest.mark.parametrize("sampler", ["tpe", "qmc", "random"])
+def test_a_warm_start_tries_the_earlier_best_first(sampler):
+    """After the run as it stands come the earlier sweep's best, as far as they lie inside; and what
+    is sampled then is new."""
+    earlier = run_sweep(spec(study={"sampler": sampler}), workers=1)
     best = [t.params for t in sorted(earlier.trials, key=lambda t: t.value)]
-    warm = {"warm_start": "tiny", "warm_top": 2, "trials": 4}
+    warm = {"warm_start": "tiny", "warm_top": 2, "trials": 5, "sampler": sampler}
     raw = {**RAW, "name": "warm", "study": {**RAW["study"], **warm}}
     study = run_sweep(parse_spec(raw, "x"), workers=1)
     tried = [t.params for t in study.trials]
     first = [{"hparams.lr": 6e-3}, *best[:2]]
     unique = [p for i, p in enumerate(first) if p not in first[:i]]
-    assert tried[: len(unique)] == unique and len(tried) == 4
+    assert tried[: len(unique)] == unique and len(tried) == 5
+    assert not any(p in best for p in tried[len(unique) :])
 
 
 def test_a_warm_start_from_nothing_is_refused():

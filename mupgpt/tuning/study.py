@@ -159,8 +159,11 @@ def _first_difference(old: Any, new: Any, path: str = "") -> str:
 
 
 def make_sampler(config: StudyConfig, salt: str = "") -> BaseSampler:
-    """The spec's sampler, seeded by ``study.sampler_seed`` and ``salt``."""
-    seed = zlib.crc32(f"{config.sampler_seed}/{salt}".encode())
+    """The spec's sampler, seeded by ``study.sampler_seed`` and ``salt``.
+
+    After an earlier sweep it draws other points than that one did.
+    """
+    seed = zlib.crc32(f"{config.sampler_seed}/{config.warm_start}{salt}".encode())
     if config.sampler == "tpe":
         return TPESampler(seed=seed)
     if config.sampler == "gp":
@@ -171,8 +174,9 @@ def make_sampler(config: StudyConfig, salt: str = "") -> BaseSampler:
         return CarbsSampler(seed=seed, cost_key=None, resample_every=0)
     if config.sampler == "qmc":
         # One scrambled sequence for all workers: they share its index through the storage.
+        ours = zlib.crc32(config.warm_start.encode())  # 0 without one
         with quiet():
-            return QMCSampler(seed=config.sampler_seed, scramble=True)
+            return QMCSampler(seed=config.sampler_seed ^ ours, scramble=True)
     return RandomSampler(seed=seed)
 
 
