@@ -9,6 +9,7 @@ from test_tuning import RAW, spec
 from mupgpt.presets import train_config
 from mupgpt.tuning import columns as columns_module
 from mupgpt.tuning.columns import Timing, best_count, columns_for, usual
+from mupgpt.tuning.spec import load_spec
 
 
 class Device:
@@ -103,3 +104,12 @@ def test_memory_bounds_the_count(monkeypatch):
     assert usual(config) == 10 and usual(config, processes=2) == 5
     monkeypatch.setattr(columns_module, "_memory", lambda: 32 * 2**30)
     assert usual(train_config({"model": "cerebras-gpt-13b", "batch_size": 1})) == 1
+
+
+def test_large_models_train_alone(monkeypatch):
+    """The proxies' widths: a cache full of small ones, fewer of larger ones, one of 24 layers."""
+    monkeypatch.setattr(columns_module, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(columns_module, "_memory", lambda: 2**40)
+    counts = [usual(train_config({"model": f"proxy-{d}"})) for d in (32, 64, 128, 256)]
+    assert counts[:2] == [16, 16] and counts[2] > counts[3] > 1
+    assert usual(load_spec("cerebras-proxy-small").cells[0].config()) == 1

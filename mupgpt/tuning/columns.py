@@ -12,6 +12,7 @@ import torch
 
 from mupgpt.config import TrainConfig
 from mupgpt.data import load_corpus
+from mupgpt.flops import flops_per_token
 from mupgpt.memory import CHUNK, moments
 from mupgpt.population import Population
 from mupgpt.training import pick_device
@@ -21,6 +22,9 @@ __all__ = ["Timing", "best_count", "columns_for", "fitting", "time_step", "usual
 
 TOKENS = {"cpu": 2**13, "cuda": 2**17}
 """Columns × tokens per step: what still fits a core's share of the L3 cache; what fills a GPU."""
+FLOPS = {"cpu": 2e10, "cuda": 2e13}
+"""A step of so many gains nothing from company, and the longer a population trains, the more an
+interrupt loses."""
 WARM = {"cpu": 1, "cuda": 5}  # steps before a timing; a GPU's are recorded in them
 STEPS = 2  # that are timed
 TIMED_AT_LEAST = 12  # times the usual count: the steps that three timings take at the very least
@@ -34,8 +38,9 @@ log = logging.getLogger("mupgpt.worker")
 
 def usual(config: TrainConfig, processes: int = 1) -> int:
     """Columns of one population where nothing was timed, on a device that processes share."""
-    most = TOKENS[pick_device().type] // config.tokens_per_step
-    return max(1, min(most, fitting(config, processes)))
+    device, tokens = pick_device().type, config.tokens_per_step
+    enough = int(FLOPS[device] / tokens / flops_per_token(config.model, "palm"))
+    return max(1, min(TOKENS[device] // tokens, enough, fitting(config, processes)))
 
 
 def fitting(config: TrainConfig, processes: int = 1) -> int:
