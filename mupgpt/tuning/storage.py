@@ -154,7 +154,11 @@ def _connect(url: str, options: dict[str, Any], heartbeat: int) -> PatientStorag
         try:
             return connect()
         except (IntegrityError, ProgrammingError, StorageInternalError):
-            time.sleep(0.2 * 2**attempt * (1 + random.random()))
+            pass
+        except OperationalError as error:  # what SQLite calls it
+            if "already exists" not in str(error):
+                raise
+        time.sleep(0.2 * 2**attempt * (1 + random.random()))
     return connect()
 
 
