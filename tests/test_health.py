@@ -202,7 +202,9 @@ def test_sharded_over_three_processes_nothing_else_is_measured(tmp_path):
         train_step(model, optimizer, batch(step), lr_factor=1.0, grad_clip=0.5)
     (tmp_path / "job.py").write_text(SHARDED.format(folder=str(Path(__file__).parent)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    out = subprocess.run([*launch, "job.py"], capture_output=True, text=True, check=True).stdout
+    job = subprocess.run([*launch, "job.py"], capture_output=True, text=True)
+    assert job.returncode == 0, job.stderr
+    out = job.stdout
     assert json.loads(out.splitlines()[-1]) == pytest.approx(measure(optimizer, table), rel=1e-9)
 
 
