@@ -12,11 +12,14 @@ import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import optuna
 import pytest
 import tomli_w
+from sqlalchemy import event
 from test_tuning import SLOW, states, wait_until
 
 from mupgpt.plain import ConfigError
+from mupgpt.tuning.storage import close_storage, open_storage
 from mupgpt.tuning.study import Sweep
 
 pytestmark = pytest.mark.slow
@@ -156,6 +159,26 @@ def test_ten_seconds_without_the_database(url, server, machine):
     said = child.communicate()[1]
     assert child.returncode == 0, said
     assert complete(url) == 24
+
+
+@pytest.mark.parametrize("table", ["trials", "trial_values", "trial_params"])
+def test_a_connection_cut_between_two_queries_of_one_call(url, table):
+    """Optuna reads trials in several queries, and if one fails, again in the same transaction."""
+    storage = open_storage(url)
+    study = optuna.create_study(storage=storage)
+    study.add_trial(optuna.create_trial(value=3.0))
+    known, cut = {study.trials[0]._trial_id}, []
+
+    @event.listens_for(storage.engine, "before_cursor_execute")
+    def shut(connection, _cursor, statement, *_):
+        if f"FROM {table}" in statement and not cut:
+            cut.append(connection.connection.driver_connection.info.backend_pid)
+            with psycopg.connect(plain(url)) as other:
+                other.execute("SELECT pg_terminate_backend(%s, 10000)", cut)
+
+    found = storage._get_trials(study._study_id, None, known, 0)
+    close_storage(storage)
+    assert [t.value for t in found] == [3.0] and cut
 
 
 def test_an_unreachable_server_is_one_clear_error(url, server):

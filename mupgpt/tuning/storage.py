@@ -17,7 +17,13 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial
 from sqlalchemy import event
-from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import (
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    PendingRollbackError,
+    ProgrammingError,
+)
 
 from mupgpt.plain import ConfigError
 
@@ -37,6 +43,9 @@ __all__ = [
 MAX_RETRY = 2  # times that a trial is queued again after its worker died
 MISSED_BEATS = 6  # so many heartbeats late, a trial is given to another worker
 PATIENCE_S = 60.0  # how long a database may be away
+# The last: a query in a transaction that an earlier one has lost, as Optuna's second way to read
+# trials is.
+_AWAY = (OperationalError, InterfaceError, PendingRollbackError)
 
 log = logging.getLogger("mupgpt.worker")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -69,10 +78,9 @@ def _patient(call: Callable[..., Any]) -> Callable[..., Any]:
         while True:
             try:
                 return call(*args, **kwargs)
-            except (OperationalError, InterfaceError, StorageInternalError) as error:
+            except (*_AWAY, StorageInternalError) as error:
                 cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-                away = isinstance(cause, OperationalError | InterfaceError)
-                if not away or time.monotonic() + pause > deadline:
+                if not isinstance(cause, _AWAY) or time.monotonic() + pause > deadline:
                     raise
                 if pause > 1:
                     print("the sweep's database does not answer; waiting", file=sys.stderr)
