@@ -54,7 +54,11 @@ def join_group() -> None:
 
 def leave_group() -> None:
     """End the group when all is done. After an error nobody calls this: it would wait for others
-    that wait for this process, while torchrun waits for its exit to end them."""
+    that wait for this process, while torchrun waits for its exit to end them.
+
+    A thread of gloo's that lets go of a collective's tensors while the interpreter is ending aborts
+    the process; the barrier gives it a round trip's time to have done so.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -305,6 +305,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, {tests!r})
 from test_adopt import SHAPE, TheirGPT, initialized, reference_run, train, untied
+from mupgpt.distributed import leave_group
 from mupgpt.optim import effective_lrs
 
 torch.set_num_threads(1)
@@ -329,7 +330,7 @@ assert effective_lrs(untied().optimizer(replica)) == wrapped
 found = train(model, optimizer)  # every rank has the whole batch
 assert max(abs(a - b) for a, b in zip(found, losses)) < 1e-12, (found, losses)
 print("same")
-dist.destroy_process_group()
+leave_group()
 """
 
 

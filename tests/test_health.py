@@ -178,7 +178,8 @@ import sys, torch
 from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, {folder!r})
 from test_health import batch, built, config, json, measure, train_step
-torch.distributed.init_process_group("gloo")
+from mupgpt.distributed import join_group, leave_group
+join_group()
 model, optimizer, table = built(config())
 for block in model.blocks:
     fully_shard(block)
@@ -190,7 +191,7 @@ for step in range(3):
 found = measure(optimizer, table)
 if torch.distributed.get_rank() == 0:
     print(json.dumps(found))
-torch.distributed.destroy_process_group()
+leave_group()
 """
 
 
