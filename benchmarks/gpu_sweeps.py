@@ -21,20 +21,16 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_13b import gpu, profile, wait
+from gpu_13b import build, gpu, profile, wait
 from measure import RESULTS, goal, machine
 
 from mupgpt.config import TrainConfig
 from mupgpt.data import Batches, eval_batch, load_corpus
-from mupgpt.init import init_weights
-from mupgpt.model import GPT
-from mupgpt.optim import make_optimizer
 from mupgpt.population import Population
 from mupgpt.presets import overlay, train_config
 from mupgpt.report.pictures import verdict_picture
 from mupgpt.schedules import lr_factor
-from mupgpt.table import parametrize
-from mupgpt.training import compute, evaluate, param_dtype, pick_device, train_step
+from mupgpt.training import compute, evaluate, pick_device, train_step
 from mupgpt.tuning.best import best_hparams
 from mupgpt.tuning.columns import Timing, best_count, fitting, time_step, usual
 from mupgpt.tuning.run import run_sweep
@@ -125,11 +121,7 @@ def against_each_other(
 def one_run(config: TrainConfig, device: torch.device) -> tuple[float, float]:
     """Seconds and held-out loss of one eager run, from its initialization on."""
     corpus, start = load_corpus(config.data), wait(device)
-    table = parametrize(config.model, config.base, config.hparams, config.rule)
-    with device:
-        model = GPT(config.model).to(param_dtype(config.precision))
-    init_weights(model, table, config.seed)
-    optimizer = make_optimizer(model, table)
+    model, optimizer, _ = build(config, device)
     batches = Batches(corpus, config.course, config.seed)
     for step in range(config.steps):
         batch = tuple(t.to(device) for t in batches(step))

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from mupgpt.model import GPT
 from mupgpt.optim import MemberAdamW
+from mupgpt.training import Batch
 
 __all__ = ["Captured", "capturable"]
 
 WARM = 3  # steps before the first recording: libraries set themselves up in them
-
-Batch = tuple[Tensor, Tensor]
 
 
 def capturable(model: GPT, optimizer: torch.optim.Optimizer) -> bool:

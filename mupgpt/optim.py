@@ -235,10 +235,15 @@ class MemberAdamW(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], vectors: bool | None = None) -> None:
         super().__init__(groups, defaults={})
         first = groups[0]["params"][0]
-        self.vectors = first.is_cuda if vectors is None else vectors
+        vectors = first.is_cuda if vectors is None else vectors
         self.steps = torch.zeros(len(first), device=first.device)  # taken by each member
         self._factors = torch.ones(len(first), dtype=first.dtype, device=first.device)
-        self._values = self._whole_values() if self.vectors else None
+        self._values = self._whole_values() if vectors else None
+
+    @property
+    def vectors(self) -> bool:
+        """Whether values come as vectors over the members."""
+        return self._values is not None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -406,5 +411,5 @@ def clip_gradients(model: GPT, max_norm: float) -> Tensor:
             torch._foreach_mul_([local(g) for g in grads], coefficient)
         else:
             for g in grads:
-                g.mul_(coefficient.view(-1, *[1] * (g.dim() - 1)))
+                g.mul_(_beside(coefficient, g))
     return norm

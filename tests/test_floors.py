@@ -14,10 +14,10 @@ ROOT = Path(mupgpt.__file__).parent
 FLOORS = {
     0: "plain config text memory plan presets layout rules slopes table flops schedules scaling "
     "transfer choices axes adequacy phases rungs",
-    1: "cpu layers positions losses lean recompute model init optim shards interop capture",
+    1: "cpu layers positions losses lean recompute model init optim shards interop",
     2: "data checkpoint distributed parallel state tracking progress stopping bundled",
     3: "training population trainer branch generate coord_check module_check probes runfolders "
-    "launch health watch memory_trace",
+    "launch health watch memory_trace capture",
     4: "tuning",
     5: "report cli __init__ __main__",
 }

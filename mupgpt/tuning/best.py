@@ -91,8 +91,7 @@ def _gain(
     study: optuna.Study, cell: Cell, winner: FrozenTrial, losses: Sequence[float]
 ) -> tuple[float, float] | None:
     """What the winner gains on the run as it stands, seed by seed; None if that is the winner."""
-    own = cell.config().hparams
-    stands = {key: getattr(own, key.removeprefix("hparams.")) for key in winner.params}
+    stands = cell.own()
     if stands == winner.params:
         return None
     paired = np.subtract(_fresh_losses(study, cell, [stands], len(losses))[0], losses)

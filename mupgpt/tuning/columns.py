@@ -27,7 +27,7 @@ FLOPS = {"cpu": 2e10, "cuda": 2e13}
 interrupt loses."""
 WARM = {"cpu": 1, "cuda": 5}  # steps before a timing; a GPU's are recorded in them
 STEPS = 2  # that are timed
-TIMED_AT_LEAST = 12  # times the usual count: the steps that three timings take at the very least
+TIMED_AT_LEAST = 12  # times the usual count: the least work of timing it, its double and its half
 SHARE = 0.02  # of the work at hand: timing may take no more
 GAIN = 0.2  # more columns a second: less is noise, and a sampler learns later from larger groups
 MISSES = 2  # counts without a gain in a row that end the search in one direction

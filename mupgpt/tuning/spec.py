@@ -138,13 +138,18 @@ class Cell:
             raw = put(raw, key, value)
         return train_config(raw)
 
-    def center(self) -> dict[str, float]:
-        """The run's own value of each searched key, or the one that its dimension starts from."""
+    def own(self) -> dict[str, float]:
+        """The run's own value of each searched key."""
         hparams = self.config().hparams
         return {
-            key: d.center or getattr(hparams, key.removeprefix("hparams."))
-            for key, d in self.search_space.dimensions.items()
+            key: getattr(hparams, key.removeprefix("hparams."))
+            for key in self.search_space.dimensions
         }
+
+    def center(self) -> dict[str, float]:
+        """The value of each searched key that its dimension starts from, or the run's own."""
+        own = self.own()
+        return {key: d.center or own[key] for key, d in self.search_space.dimensions.items()}
 
 
 def put(raw: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]:

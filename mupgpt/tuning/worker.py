@@ -212,6 +212,9 @@ def _work_cell(
     """Train trials of the cell to their ends, others in the places of those that are stopped early;
     False when there was nothing to take."""
     _check(stop)
+    if not room:
+        with _turn(sweep.url):
+            return sweep.spec.study.sampler == "grid" and _extend(sweep, study, cell)
     chunk = Chunk(study, cell, load_corpus(cell.config().data))
     taken: list[optuna.Trial] = []
 
@@ -222,8 +225,8 @@ def _work_cell(
         with _heartbeat(sweep.backend, in_hand):
             with _turn(sweep.url):
                 _take(sweep, study, cell, _share(sweep, cell, workers, room), taken, stop)
-                if not taken:
-                    return sweep.spec.study.sampler == "grid" and _extend(sweep, study, cell)
+            if not taken:  # others were quicker
+                return False
             while taken or chunk.trials:
                 chunk.begin(taken)
                 taken.clear()
@@ -355,9 +358,8 @@ def _heartbeat(storage: BaseStorage, in_hand: Callable[[], list[optuna.Trial]]) 
 
 def _beat(storage: BaseStorage, trials: Sequence[optuna.Trial]) -> None:
     if isinstance(storage, RDBStorage):
-        with suppress(
-            SQLAlchemyError, StorageInternalError
-        ):  # a busy database: the next beat is soon enough
+        # A busy database: the next beat is soon enough.
+        with suppress(SQLAlchemyError, StorageInternalError):
             for trial in trials:
                 storage.record_heartbeat(trial._trial_id)
 
