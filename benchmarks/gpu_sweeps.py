@@ -12,12 +12,12 @@ seed), and how far their held-out losses are apart; with a profile where a goal 
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
 import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -88,7 +88,7 @@ def against_each_other(
     config: TrainConfig, width: int, least: float, work: float, device: torch.device
 ) -> dict:
     """One run after the other, then a population whose first members are the same runs."""
-    runs = [dataclasses.replace(config, seed=seed) for seed in range(SOLO)]
+    runs = [replace(config, seed=seed) for seed in range(SOLO)]
     alone = [one_run(run, device) for run in runs]
     solo_s = statistics.median(seconds for seconds, _ in alone)
     corpus = load_corpus(config.data)
@@ -121,7 +121,7 @@ def against_each_other(
 def one_run(config: TrainConfig, device: torch.device) -> tuple[float, float]:
     """Seconds and held-out loss of one eager run, from its initialization on."""
     corpus, start = load_corpus(config.data), wait(device)
-    model, optimizer, _ = build(config, device)
+    model, optimizer, _ = build(replace(config, memory="exact"), device)  # as a population is
     batches = Batches(corpus, config.course, config.seed)
     for step in range(config.steps):
         batch = tuple(t.to(device) for t in batches(step))
@@ -168,7 +168,7 @@ def stage_proxy(toy: bool, device: torch.device, out: Path) -> dict:
     study = run_sweep(parse_spec(raw, "cerebras-proxy"))
     best = best_hparams(study, top=3, seeds=2)
     trials = [{"params": t.params, "loss": t.value} for t in study.trials]
-    return {"best": dataclasses.asdict(best.config.hparams), "loss": best.loss, "trials": trials}
+    return {"best": asdict(best.config.hparams), "loss": best.loss, "trials": trials}
 
 
 STAGES = {"speed": stage_speed, "verdict": stage_verdict, "proxy": stage_proxy}
