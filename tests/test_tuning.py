@@ -77,6 +77,19 @@ def test_the_first_trial_is_the_run_as_it_stands():
     assert study.trials[0].params == {"hparams.lr": 6e-3}
 
 
+@pytest.mark.parametrize("steps, said", [(1, "costs 5.0 times"), (4, "costs 1.2 times"), (5, "")])
+def test_an_evaluation_dearer_than_the_training_is_said(steps, said, capsys):
+    """A forward pass is a third of a step: 480 tokens of it cost as much as 5 steps of 32."""
+    data = {**RAW["train"]["data"], "eval_tokens": 480}
+    tiny = spec(
+        study={"trials": 1, "seeds": [0]}, train={"steps": steps, "batch_size": 2, "data": data}
+    )
+    run_sweep(tiny, workers=1)
+    lines = capsys.readouterr().err.splitlines()
+    found = [line for line in lines if "evaluation" in line]
+    assert len(found) == bool(said) and all(said in line for line in found)
+
+
 def test_a_trial_is_its_columns_trained_alone():
     """The value that Optuna gets is what the trial's config gives by itself, seed by seed."""
     sweep = Sweep.create(spec())

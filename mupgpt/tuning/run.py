@@ -12,6 +12,7 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
+from mupgpt.data import load_corpus
 from mupgpt.plain import require
 from mupgpt.progress import Progress
 from mupgpt.tuning.spec import SweepSpec, load_spec
@@ -38,6 +39,8 @@ def run_sweep(
     if spec.study.warm_start:  # a name that is wrong is said before anything is written
         earlier_sweep(spec, storage)
     sweep = Sweep.create(spec, storage)
+    if dear := _dear_evaluation(spec):
+        print(f"sweep {spec.name}: {dear}", file=sys.stderr)
     fill(sweep)
     workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     if workers == 1:
@@ -46,6 +49,19 @@ def run_sweep(
         _spawn(sweep, workers)
     studies = sweep.studies()
     return studies if spec.structure else next(iter(studies.values()))
+
+
+def _dear_evaluation(spec: SweepSpec) -> str:
+    """What to say of an evaluation that costs more than the training before it; else nothing."""
+    for config in (cell.config() for cell in spec.cells):
+        held_out = min(config.data.eval_tokens, len(load_corpus(config.data).val) - 1)
+        times = held_out / 3 / config.tokens  # a forward pass is a third of a step
+        if times > 1:
+            return (
+                f"one evaluation ({held_out:,} held-out tokens) costs {times:.1f} times the "
+                f"training before it ({config.tokens:,} tokens); lower train.data.eval_tokens"
+            )
+    return ""
 
 
 def _work_here(sweep: Sweep) -> None:
