@@ -110,6 +110,10 @@ def test_the_light_test_can_fail():
     assert "torch" in loaded("import mupgpt; mupgpt.GPT")
 
 
+def test_a_worker_starts_with_nothing_that_only_other_samplers_need():
+    assert loaded("import mupgpt.tuning.worker") == ["optuna", "torch"]
+
+
 def test_the_trainer_needs_torch_numpy_and_safetensors_only():
     """GPU images lack the rest: model, trainer and population import without it."""
     banned = "optuna wandb mup tyro scipy matplotlib rich jinja2 tomli_w tiktoken pydantic"

@@ -15,7 +15,6 @@ from optuna.trial import FrozenTrial, TrialState
 from mupgpt.data import load_corpus
 from mupgpt.plain import ConfigError
 from mupgpt.training import compute, pick_device
-from mupgpt.tuning.carbs import CarbsSampler
 from mupgpt.tuning.spec import FREE, Cell, StudyConfig, SweepSpec, parse_spec
 from mupgpt.tuning.storage import close_storage, default_url, open_storage, quiet, study_attrs
 
@@ -169,6 +168,8 @@ def make_sampler(config: StudyConfig, salt: str = "") -> BaseSampler:
     if config.sampler == "gp":
         return GPSampler(seed=seed)
     if config.sampler == "carbs":
+        from mupgpt.tuning.carbs import CarbsSampler  # and scipy, which no other sampler waits for
+
         # A study's trials have one shape and one length: their seconds differ by chance alone. They
         # share seeds and data: to repeat one would tell nothing.
         return CarbsSampler(seed=seed, cost_key=None, resample_every=0)
