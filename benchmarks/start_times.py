@@ -5,7 +5,6 @@
 Commands take turns in processes of their own, beside an empty Python and `import torch`.
 """
 
-import os
 import sys
 
 from measure import child, each_clock, goal, machine, take_turns, times_faster, write
@@ -27,7 +26,6 @@ def main() -> None:
         name: lambda arguments=arguments: child([sys.executable, *arguments])
         for name, arguments in COMMANDS.items()
     }
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     costs = take_turns(sides, ROUNDS, WARM)
     torch = costs["python -c 'import torch'"]
     goals = [

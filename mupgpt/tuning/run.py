@@ -12,7 +12,7 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from mupgpt.data import load_corpus
+from mupgpt.data import eval_batch, load_corpus
 from mupgpt.plain import require
 from mupgpt.progress import Progress
 from mupgpt.tuning.spec import SweepSpec, load_spec
@@ -54,7 +54,8 @@ def run_sweep(
 def _dear_evaluation(spec: SweepSpec) -> str:
     """What to say of an evaluation that costs more than the training before it; else nothing."""
     for config in (cell.config() for cell in spec.cells):
-        held_out = min(config.data.eval_tokens, len(load_corpus(config.data).val) - 1)
+        corpus, length = load_corpus(config.data), config.model.seq_len
+        held_out = eval_batch(corpus, config.data.eval_tokens, length)[0].numel()
         times = held_out / 3 / config.tokens  # a forward pass is a third of a step
         if times > 1:
             return (

@@ -213,8 +213,10 @@ def _work_cell(
     False when there was nothing to take."""
     _check(stop)
     if not room:
+        if sweep.spec.study.sampler != "grid":
+            return False
         with _turn(sweep.url):
-            return sweep.spec.study.sampler == "grid" and _extend(sweep, study, cell)
+            return _extend(sweep, study, cell)
     chunk = Chunk(study, cell, load_corpus(cell.config().data))
     taken: list[optuna.Trial] = []
 
