@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from scipy.stats import t as student
 
-from mupgpt.config import TrainConfig
-from mupgpt.data import Corpus, eval_batch, load_corpus
-from mupgpt.population import Population
-from mupgpt.presets import train_config
+from mupgpt.config.schema import TrainConfig
+from mupgpt.data.batches import eval_batch
+from mupgpt.data.corpus import Corpus, load_corpus
+from mupgpt.resolve import train_config
+from mupgpt.training.population import Population
 
 RESULT = Path(__file__).parent.parent / "sweeps" / "results" / "alibi_extrapolation.json"
 # Four heads that reach as far as they are trained; and eight, a third layer and a context so short

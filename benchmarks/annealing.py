@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from mupgpt.config import TrainConfig
-from mupgpt.presets import train_config
-from mupgpt.runfolders import read_curves, step_rates
+from mupgpt.config.schema import TrainConfig
+from mupgpt.resolve import train_config
+from mupgpt.runs.folders import read_curves, step_rates
 from mupgpt.scaling.annealing import fit_annealing
 from mupgpt.scaling.report import DECAYS
 from mupgpt.trainer import Trainer

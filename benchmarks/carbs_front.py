@@ -24,9 +24,9 @@ from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 
-from mupgpt.tuning.carbs import CarbsSampler
+from mupgpt.tuning.carbs.front import front_laws
+from mupgpt.tuning.carbs.sampler import CarbsSampler
 from mupgpt.tuning.curves import half_width
-from mupgpt.tuning.front import front_laws
 
 SPACE = {
     "params": FloatDistribution(1e5, 1e7, log=True),

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from measure import Cost, machine, spread, take_turns, timed, write
 
-from mupgpt.checkpoint import load_newest
-from mupgpt.cpu import settle_cpu
-from mupgpt.presets import train_config
+from mupgpt.checkpoint.verify import load_newest
+from mupgpt.resolve import train_config
 from mupgpt.trainer import Trainer
+from mupgpt.training.device import settle_cpu
 
 MODEL, STEPS, EVERY, ROUNDS = "proxy-256", 60, 6, 5
 SIDES = {"many": EVERY, "one": STEPS}

@@ -50,7 +50,7 @@ def main() -> None:
 
 def coordinate(trials: int) -> None:
     """One sweep that trains nothing; prints its cost as JSON."""
-    import mupgpt.tuning.chunk as chunk
+    import mupgpt.tuning.trial_group as chunk
     from mupgpt.tuning.run import run_sweep
 
     chunk.Population = Untrained  # type: ignore[assignment, misc]
@@ -103,10 +103,10 @@ class Untrained:
 
 def trial_seconds() -> float:
     """CPU seconds of a trial: a population as large as a worker's, whole, by its trials."""
-    from mupgpt.cpu import settle_cpu
-    from mupgpt.data import load_corpus
-    from mupgpt.population import Population
-    from mupgpt.tuning.columns import usual
+    from mupgpt.data.corpus import load_corpus
+    from mupgpt.training.device import settle_cpu
+    from mupgpt.training.population import Population
+    from mupgpt.tuning.group_size import usual
 
     settle_cpu()
     cell, seeds = joint(1).cells[0], joint(1).study.seeds

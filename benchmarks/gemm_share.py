@@ -6,7 +6,8 @@ The peak is the best square product of one thread in the same run. A step's FLOP
 matrix products and attention (6N + 12 L d T a token, with the weights that are multiplied). Two
 kinds of step: one run, and a sweep's population of eight. The profile is torch.profiler's own time
 of each operation, on the wall clock; what lies between operations is Python and autograd. Last, the
-same steps with and without the memory settings of `mupgpt.cpu`, in processes that take turns.
+same steps with and without the memory settings of `mupgpt.training.device`, in processes that take
+turns.
 """
 
 import dataclasses
@@ -29,13 +30,13 @@ from measure import (
 )
 from torch.profiler import ProfilerActivity, profile
 
-from mupgpt.config import TrainConfig
-from mupgpt.cpu import settle_cpu
-from mupgpt.data import load_corpus
-from mupgpt.layout import count_block_weights
-from mupgpt.population import Population
-from mupgpt.presets import train_config
+from mupgpt.config.schema import TrainConfig
+from mupgpt.data.corpus import load_corpus
+from mupgpt.parametrization.layout import count_block_weights
+from mupgpt.resolve import train_config
 from mupgpt.trainer import Trainer
+from mupgpt.training.device import settle_cpu
+from mupgpt.training.population import Population
 
 SHAPES = ((64, 1), (128, 1), (256, 1), (64, 8))  # width, members
 SIZES, GOAL = (256, 512, 1024), 0.65

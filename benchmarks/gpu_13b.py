@@ -26,25 +26,28 @@ from pathlib import Path
 import torch
 from measure import machine, spread
 
-from mupgpt.checkpoint import Writer, verify
-from mupgpt.coord_check import coord_check
-from mupgpt.data import Batches, load_corpus, write_corpus
-from mupgpt.distributed import Grid
-from mupgpt.flops import flops_per_token
-from mupgpt.health import activations, measure
-from mupgpt.init import init_weights
-from mupgpt.layout import count_params
-from mupgpt.memory import moments
-from mupgpt.model import GPT
-from mupgpt.optim import make_optimizer
-from mupgpt.parallel import materialize, parallelize
-from mupgpt.plain import ConfigError
-from mupgpt.plan import GIB, Machine, resolve
-from mupgpt.presets import train_config
-from mupgpt.state import state_groups
-from mupgpt.table import parametrize
-from mupgpt.tracking import TRAIN_LOSS, VAL_LOSS, read_metrics
-from mupgpt.training import compute, param_dtype, pick_device, train_step
+from mupgpt.checkpoint.state import state_groups
+from mupgpt.checkpoint.verify import verify
+from mupgpt.checkpoint.writer import Writer
+from mupgpt.data.batches import Batches
+from mupgpt.data.corpus import load_corpus, write_corpus
+from mupgpt.distributed.parallel import materialize, parallelize
+from mupgpt.distributed.processes import Grid
+from mupgpt.errors import ConfigError
+from mupgpt.evidence.coordinates import coord_check
+from mupgpt.model.gpt import GPT
+from mupgpt.model.init import init_weights
+from mupgpt.optim.make import make_optimizer
+from mupgpt.parametrization.layout import count_params
+from mupgpt.parametrization.table import parametrize
+from mupgpt.planning.flops import flops_per_token
+from mupgpt.planning.memory import moments
+from mupgpt.planning.plan import GIB, Machine, decide_storage
+from mupgpt.resolve import train_config
+from mupgpt.training.device import compute, param_dtype, pick_device
+from mupgpt.training.health import activations, measure
+from mupgpt.training.metrics import TRAIN_LOSS, VAL_LOSS, read_metrics
+from mupgpt.training.step import train_step
 
 RESULT = Path(__file__).parent.parent / "sweeps" / "results" / "gpu_13b.json"
 WARM, TIMED = 3, 20
@@ -254,9 +257,9 @@ def clocked(step, device: torch.device) -> tuple[list[float], float | None]:
 def fitted(config, device: torch.device):
     """The config as it is stored and recomputed inside `INSIDE` of what is free."""
     if device.type == "cpu":
-        return resolve(config)
+        return decide_storage(config)
     free = torch.cuda.mem_get_info()[0] / GIB
-    return resolve(config, Machine(hbm=min(0.95 * free, INSIDE), reserve=0.0))
+    return decide_storage(config, Machine(hbm=min(0.95 * free, INSIDE), reserve=0.0))
 
 
 def build(config, device: torch.device):

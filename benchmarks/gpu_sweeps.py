@@ -24,19 +24,21 @@ import torch
 from gpu_13b import build, gpu, profile, wait
 from measure import RESULTS, goal, machine
 
-from mupgpt.config import TrainConfig
-from mupgpt.data import Batches, eval_batch, load_corpus
-from mupgpt.population import Population
-from mupgpt.presets import overlay, train_config
+from mupgpt.config.schedules import lr_factor
+from mupgpt.config.schema import TrainConfig
+from mupgpt.data.batches import Batches, eval_batch
+from mupgpt.data.corpus import load_corpus
+from mupgpt.evidence.verdict import judge_sweep
 from mupgpt.report.pictures import verdict_picture
-from mupgpt.schedules import lr_factor
-from mupgpt.training import compute, evaluate, pick_device, train_step
+from mupgpt.resolve import overlay, train_config
+from mupgpt.training.device import compute, pick_device
+from mupgpt.training.population import Population
+from mupgpt.training.step import evaluate, train_step
 from mupgpt.tuning.best import best_hparams
-from mupgpt.tuning.columns import Timing, best_count, fitting, time_step, usual
+from mupgpt.tuning.group_size import Timing, best_count, fitting, time_step, usual
 from mupgpt.tuning.run import run_sweep
 from mupgpt.tuning.spec import load_spec, parse_spec
 from mupgpt.tuning.study import Sweep
-from mupgpt.tuning.verdict import judge_sweep
 
 GOALS = {64: 20.0, 128: 20.0, 256: 5.0}  # width → times the trials an hour
 APART = 1e-3  # nats between equal seeds

@@ -3,9 +3,9 @@
     python benchmarks/health.py             # writes sweeps/results/health.json
 
 Two seeds of the bundled proxies at widths 32 and 64 are what runs of other seeds at 128 and 256 are
-held against, one proxy at a time. For each quantity of `mupgpt.watch` the table holds the smallest
-and largest ratio to the expectation over all records, kinds, seeds and pairs of widths. The cost is
-processor time of one measurement over that of one training step, alternating.
+held against, one proxy at a time. For each quantity of `mupgpt.training.watch` the table holds the
+smallest and largest ratio to the expectation over all records, kinds, seeds and pairs of widths.
+The cost is processor time of one measurement over that of one training step, alternating.
 """
 
 import dataclasses
@@ -17,18 +17,19 @@ from pathlib import Path
 
 import torch
 
-from mupgpt.config import TrainConfig
-from mupgpt.data import Batches, load_corpus
-from mupgpt.health import measure
-from mupgpt.init import init_weights
-from mupgpt.model import GPT
-from mupgpt.optim import make_optimizer
-from mupgpt.presets import train_config
-from mupgpt.table import parametrize
-from mupgpt.tracking import read_metrics
+from mupgpt.config.schema import TrainConfig
+from mupgpt.data.batches import Batches
+from mupgpt.data.corpus import load_corpus
+from mupgpt.model.gpt import GPT
+from mupgpt.model.init import init_weights
+from mupgpt.optim.make import make_optimizer
+from mupgpt.parametrization.table import parametrize
+from mupgpt.resolve import train_config
 from mupgpt.trainer import Trainer
-from mupgpt.training import train_step
-from mupgpt.watch import TOLERANCE, Watch
+from mupgpt.training.health import measure
+from mupgpt.training.metrics import read_metrics
+from mupgpt.training.step import train_step
+from mupgpt.training.watch import TOLERANCE, Watch
 
 RESULT = Path(__file__).parent.parent / "sweeps" / "results" / "health.json"
 RUNS, STEPS = Path("runs") / "health", 200

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mupgpt.config import GPTConfig, TrainConfig
-from mupgpt.data import Corpus
+from mupgpt.config.schema import GPTConfig, TrainConfig
+from mupgpt.data.corpus import Corpus
 
 
 class Attention(nn.Module):

@@ -19,9 +19,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mupgpt.config import TrainConfig
-from mupgpt.plain import to_dict
-from mupgpt.tuning.ladder import LAWS_OF_LOSS, Ladder, load_ladder, run_ladder, six_nd
+from mupgpt.config.plain import to_dict
+from mupgpt.config.schema import TrainConfig
+from mupgpt.evidence.ladder import LAWS_OF_LOSS, Ladder, load_ladder, run_ladder, six_nd
 
 TARGETS = {"ladder": (192, 4600), "ladder-long": (256, 2900)}  # width and steps
 SEEDS, AT_ONCE = (0, 1, 2), 2

@@ -12,11 +12,11 @@ import tempfile
 
 from measure import Cost, goal, machine, spread, take_turns, timed, write
 
-from mupgpt.config import HParams
-from mupgpt.cpu import settle_cpu
-from mupgpt.plain import to_dict
-from mupgpt.presets import train_config
+from mupgpt.config.plain import to_dict
+from mupgpt.config.schema import HParams
+from mupgpt.resolve import train_config
 from mupgpt.trainer import Trainer
+from mupgpt.training.device import settle_cpu
 
 WIDTHS, GOAL = (64, 128, 256), 1.01
 ROUNDS, WARM, SECONDS = 60, 4, 0.15  # of one turn, about

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from mupgpt.config import TrainConfig
-from mupgpt.data import load_corpus
-from mupgpt.flops import flops_per_token
-from mupgpt.population import Population
-from mupgpt.presets import train_config
+from mupgpt.config.schema import TrainConfig
+from mupgpt.data.corpus import load_corpus
+from mupgpt.planning.flops import flops_per_token
+from mupgpt.resolve import train_config
 from mupgpt.scaling.steptime import fit_step_time, memory_copies
+from mupgpt.training.population import Population
 
 RESULT = Path(__file__).parent.parent / "sweeps" / "results" / "step_time.json"
 SHAPES = [(2, 64, 8), (2, 96, 8), (2, 128, 8), (2, 192, 8), (4, 64, 8), (4, 128, 8), (8, 64, 8),

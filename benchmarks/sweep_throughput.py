@@ -88,8 +88,8 @@ def usual(trials: Path) -> None:
     import optuna
     from plain_gpt import plain_trial
 
-    from mupgpt.data import load_corpus
-    from mupgpt.presets import train_config
+    from mupgpt.data.corpus import load_corpus
+    from mupgpt.resolve import train_config
 
     config = train_config(TRAIN)
     corpus = load_corpus(config.data)
@@ -111,10 +111,10 @@ def step_costs() -> dict[str, list[Cost]]:
     import torch
     from plain_gpt import PlainGPT, crops, plain_step
 
-    from mupgpt.cpu import settle_cpu
-    from mupgpt.data import load_corpus
-    from mupgpt.population import Population
-    from mupgpt.presets import train_config
+    from mupgpt.data.corpus import load_corpus
+    from mupgpt.resolve import train_config
+    from mupgpt.training.device import settle_cpu
+    from mupgpt.training.population import Population
 
     settle_cpu()
     config = train_config({**TRAIN, "steps": 10**6})

@@ -7,8 +7,8 @@ import json
 import sys
 import time
 
-from mupgpt.presets import base_dims, get_preset
-from mupgpt.table import parametrize
+from mupgpt.parametrization.table import parametrize
+from mupgpt.resolve import base_dims, get_preset
 
 LIMIT_S = 0.1
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 from measure import Served, each_clock, goal, machine, serve, take_turns, times_faster, write
 
-from mupgpt.config import TrainConfig
-from mupgpt.presets import train_config
+from mupgpt.config.schema import TrainConfig
+from mupgpt.resolve import train_config
 
 GOALS = {64: None, 128: 1.15, 256: 1.0}
 ROUNDS, WARM, SECONDS = 15, 2, 1.0  # of one turn, about
@@ -62,8 +62,8 @@ def compare(width: int) -> dict:
 
 
 def ours(c: TrainConfig) -> Callable[[], object]:
-    from mupgpt.cpu import settle_cpu
     from mupgpt.trainer import Trainer
+    from mupgpt.training.device import settle_cpu
 
     settle_cpu()  # as `python -m mupgpt.trainer` begins
     trainer = Trainer(c, tempfile.mkdtemp())
@@ -78,7 +78,8 @@ def hugging_face(c: TrainConfig) -> Callable[[], object]:
     from plain_gpt import plain_step
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from mupgpt.data import Batches, load_corpus
+    from mupgpt.data.batches import Batches
+    from mupgpt.data.corpus import load_corpus
 
     torch.set_num_threads(1)
     m = c.model

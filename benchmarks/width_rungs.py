@@ -97,7 +97,7 @@ def search(name: str, width: int, seed: int, **study: object) -> Study:
 
 def flops(study: Study) -> float:
     """Training FLOPs of a study, its stopped trials as far as they went."""
-    from mupgpt.flops import run_flops
+    from mupgpt.planning.flops import run_flops
 
     config = cell_of(study).config()
     steps = [
@@ -109,8 +109,8 @@ def flops(study: Study) -> float:
 
 def winner(study: Study) -> dict[str, Any]:
     """The best trial's values and its losses on fresh seeds."""
-    from mupgpt.data import load_corpus
-    from mupgpt.population import Population
+    from mupgpt.data.corpus import load_corpus
+    from mupgpt.training.population import Population
     from mupgpt.tuning.best import best_hparams
 
     hparams = best_hparams(study, top=3, seeds=1).config.hparams

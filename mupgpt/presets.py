@@ -1,15 +1,14 @@
-"""Named shapes with the recipe they come with, as one literal table; the model card's formulas."""
+"""Named shapes with the recipe they come with, as one literal table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mupgpt.config import Base, GPTConfig, HParams, TrainConfig
-from mupgpt.flops import flops_per_token
-from mupgpt.layout import count_params
-from mupgpt.plain import ConfigError, from_dict, require, to_dict, unknown
+from mupgpt.config.plain import from_dict
+from mupgpt.config.schema import GPTConfig, HParams
+from mupgpt.parametrization.layout import count_params
 
-__all__ = ["PRESETS", "Preset", "get_preset", "model_card", "overlay", "train_config"]
+__all__ = ["PRESETS", "Preset"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +40,18 @@ class Preset:
 
 TOKENS_PER_PARAM = 20  # Chinchilla's rule as Cerebras-GPT applies it
 
+
 PUBLISHED = HParams()
 """Cerebras-GPT's tuned values at width 256 (arXiv 2304.03208): 6e-3, 0.08, 10."""
+
 
 LATER = HParams(lr=0.012, init_std=0.073, emb_mult=14.6, output_mult=2.22)
 """Values at width 256 of Cerebras' later models, BTLM-3B-8K and Jais (the configs in its public
 modelzoo repository)."""
 
+
 SHARDS = {"source": "data/*.bin", "tokenizer": "gpt2", "eval_tokens": 2**20}
+
 
 TUNED_BYTES = HParams(
     lr=2**-8.5,
@@ -171,6 +174,7 @@ _ROWS = [
         steps_note="counted at batch 720 throughout")),
 ]  # fmt: skip
 
+
 _PROXY_40M = Preset(
     name="cerebras-gpt-40m",
     label="40M proxy",
@@ -185,6 +189,7 @@ _PROXY_40M = Preset(
         "data": SHARDS,
     },
 )
+
 
 _LATER = (
     # arXiv 2309.11568: the context grows at 75 % of the tokens, under one learning-rate line.
@@ -207,6 +212,7 @@ _LATER = (
     ),
 )  # fmt: skip
 
+
 # arXiv 2307.09288, Table 1 and section 2.2. Trained without µP, from an initialization that is not
 # published: GPT-2's stands here. Its shape is a target for what is tuned on `llama-proxy-48`.
 _LLAMA = Preset(
@@ -226,6 +232,7 @@ _LLAMA = Preset(
         "data": SHARDS,
     },
 )  # fmt: skip
+
 
 # arXiv 2404.06395, Table 2, section 6.2 and appendix A.1: values tuned at 9M parameters, widths
 # over 256. Weight decay and warm-up are not published. The rate halves every 5000 steps at the end.
@@ -250,6 +257,7 @@ _MINICPM = Preset(
     },
 )  # fmt: skip
 
+
 PRESETS: dict[str, Preset] = {
     p.name: p
     for p in (
@@ -258,117 +266,3 @@ PRESETS: dict[str, Preset] = {
     )
 }  # fmt: skip
 """Every shipped preset by name."""
-
-
-def get_preset(name: str) -> Preset:
-    """The preset of that name.
-
-    >>> get_preset("cerebras-gpt-13").name
-    Traceback (most recent call last):
-    mupgpt.plain.ConfigError: unknown preset 'cerebras-gpt-13'; did you mean 'cerebras-gpt-13b'?
-    """
-    if name not in PRESETS:
-        raise unknown("preset", name, PRESETS)
-    return PRESETS[name]
-
-
-def overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``under`` with the values of ``over``, tables merged key by key.
-
-    >>> overlay({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}})
-    {'a': {'x': 1, 'y': 3}}
-    """
-    merged = dict(under)
-    for key, value in over.items():
-        below = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(below, Mapping)
-        merged[key] = overlay(below, value) if both else value
-    return merged
-
-
-def train_config(raw: Mapping[str, Any]) -> TrainConfig:
-    """The run that plain data describes; ``model`` is a preset's name or fields (or both).
-
-    A preset brings its recipe, base, rule and hyperparameters; what ``raw`` says wins, and its
-    phases replace the preset's steps. Fields without a preset are their own base, unless ``base``
-    names another one.
-
-    >>> config = train_config({"model": {"preset": "proxy-64", "d_model": 128}})
-    >>> config.model.n_head, config.base.d_model, config.rule
-    (4, 32, 'mup')
-    """
-    require(isinstance(raw, Mapping), "config", raw, "be a table of keys")
-    raw = dict(raw)
-    both = "tokens" in raw and "steps" in raw
-    require(not both, "tokens", raw.get("tokens"), "be left out where steps is given")
-    model = raw.pop("model", None)
-    if model is None:
-        names = ", ".join(PRESETS)
-        raise ConfigError(f"missing key 'model': give a preset's name ({names}) or its fields")
-    named = isinstance(model, str)
-    require(named or isinstance(model, Mapping), "model", model, "be a preset's name or a table")
-    fields: dict[str, Any] = {"preset": model} if isinstance(model, str) else dict(model)
-    if "preset" in fields:
-        name = fields.pop("preset")
-        require(isinstance(name, str), "model.preset", name, "be a preset's name")
-        preset = get_preset(name)
-        recipe = {"base": preset.base, "rule": preset.rule, "hparams": to_dict(preset.hparams)}
-        recipe |= {k: v for k, v in preset.recipe.items() if k != "steps" or "phases" not in raw}
-        raw = overlay(recipe, raw)
-        fields = overlay(preset.model, fields)
-    raw["model"] = from_dict(GPTConfig, fields, "model")
-    base = raw.get("base", raw["model"])
-    raw["base"] = base_dims(base)
-    tokens = raw.pop("tokens", None)
-    config = from_dict(TrainConfig, raw)
-    phased = tokens is not None and config.phases
-    require(not phased, "tokens", tokens, "be left out where phases say how long the run is")
-    return config if tokens is None else replace(config, steps=_steps(config, tokens))
-
-
-def base_dims(base: str | GPTConfig | Mapping[str, Any] | Base) -> Base:
-    """The dimensions that a preset's name, a shape or plain fields stand for."""
-    if isinstance(base, Base):
-        return base
-    if isinstance(base, str):
-        base = get_preset(base).shape
-    table = isinstance(base, GPTConfig | Mapping)
-    require(table, "base", base, "be a preset's name or a table of dimensions")
-    return Base.of(base) if isinstance(base, GPTConfig) else from_dict(Base, dict(base), "base")
-
-
-def _steps(config: TrainConfig, tokens: Any) -> int:
-    number = isinstance(tokens, int | float) and 0 < tokens < float("inf")
-    require(number, "tokens", tokens, "be a positive number")
-    return max(1, int(tokens // config.tokens_per_step))
-
-
-def model_card() -> list[dict[str, Any]]:
-    """The Cerebras-GPT model card, one row a model, figures from formulas.
-
-    Tokens are steps × batch × 2048 with floor(20 N / batch tokens) steps; FLOPs follow the
-    convention ``cerebras``.
-
-    >>> row = model_card()[0]
-    >>> row["n_params"], row["steps"], row["tokens"], row["flops"]
-    (111050496, 9037, '2.22E+09', '2.6E+18')
-    """
-    return [_card_row(preset) for preset in PRESETS.values() if preset.card]
-
-
-def _card_row(preset: Preset) -> dict[str, Any]:
-    shape, recipe = preset.shape, preset.recipe
-    tokens = recipe["steps"] * recipe["batch_size"] * shape.seq_len
-    fields = ("n_layer", "d_model", "n_head", "d_head", "d_ffn")
-    return {
-        "name": preset.label,
-        "preset": preset.name,
-        "n_params": count_params(shape),
-        **{name: getattr(shape, name) for name in fields},
-        "steps": recipe["steps"],
-        "tokens": f"{tokens:.2E}",
-        "flops": f"{flops_per_token(shape, 'cerebras') * tokens:.1E}",
-        "flops_convention": "cerebras",
-        "flops_palm": f"{flops_per_token(shape, 'palm') * tokens:.1E}",
-        **preset.card,
-    }

@@ -20,11 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupgpt.checkpoint import Checkpoint, CheckpointError, Writer, checkpoints, load_newest
-from mupgpt.config import TrainConfig
-from mupgpt.cpu import settle_cpu
-from mupgpt.data import Batches, eval_batch, load_corpus
-from mupgpt.distributed import (
+from mupgpt.checkpoint.reader import Checkpoint
+from mupgpt.checkpoint.state import load_model, load_optimizer, state_groups
+from mupgpt.checkpoint.verify import checkpoints, load_newest
+from mupgpt.checkpoint.writer import Writer
+from mupgpt.config.phases import longest
+from mupgpt.config.plain import load_toml, to_dict
+from mupgpt.config.schedules import lr_factor
+from mupgpt.config.schema import TrainConfig
+from mupgpt.data.batches import Batches, eval_batch
+from mupgpt.data.corpus import load_corpus
+from mupgpt.distributed.parallel import materialize, parallelize
+from mupgpt.distributed.processes import (
     Grid,
     agree,
     any_rank,
@@ -38,24 +45,20 @@ from mupgpt.distributed import (
     together,
     world_size,
 )
-from mupgpt.flops import run_flops
-from mupgpt.health import activations, measure
-from mupgpt.init import init_weights
-from mupgpt.layout import count_params
-from mupgpt.memory import scheme_of
-from mupgpt.model import GPT
-from mupgpt.optim import assert_rates, make_optimizer
-from mupgpt.parallel import materialize, parallelize
-from mupgpt.phases import longest
-from mupgpt.plain import ConfigError, load_toml, to_dict
-from mupgpt.plan import GIB, Machine, resolve, state_bytes
-from mupgpt.presets import train_config
-from mupgpt.progress import Progress
-from mupgpt.schedules import lr_factor
-from mupgpt.state import load_model, load_optimizer, state_groups
-from mupgpt.stopping import STOPPED, stop_flag
-from mupgpt.table import parametrize
-from mupgpt.tracking import (
+from mupgpt.errors import CheckpointError, ConfigError, Diverged, Interrupted
+from mupgpt.model.gpt import GPT
+from mupgpt.model.init import init_weights
+from mupgpt.optim.make import make_optimizer
+from mupgpt.optim.rates import assert_rates
+from mupgpt.parametrization.layout import count_params
+from mupgpt.parametrization.table import parametrize
+from mupgpt.planning.flops import run_flops
+from mupgpt.planning.memory import scheme_of
+from mupgpt.planning.plan import GIB, Machine, decide_storage, state_bytes
+from mupgpt.resolve import train_config
+from mupgpt.training.device import compute, param_dtype, pick_device, settle_cpu
+from mupgpt.training.health import activations, measure
+from mupgpt.training.metrics import (
     FLOPS,
     GRAD_NORM,
     PREDICT_HIGH,
@@ -70,21 +73,16 @@ from mupgpt.tracking import (
     MetricsLog,
     Wandb,
 )
-from mupgpt.training import compute, param_dtype, pick_device, token_losses, train_step
-from mupgpt.watch import Watch
+from mupgpt.training.step import token_losses, train_step
+from mupgpt.training.watch import Watch
+from mupgpt.util.progress import Progress
+from mupgpt.util.stopping import STOPPED, stop_flag
 
-__all__ = ["Diverged", "Interrupted", "Trainer"]
+__all__ = ["Trainer"]
+
 
 MAY_CHANGE = ("tracking", "prediction", "parallel", "accumulate", "memory")
 """What a continued run may be told anew: what is recorded, and how the same steps are executed."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal stopped the run after a checkpoint: the same command continues it."""
-
-
-class Diverged(RuntimeError):
-    """The loss is no longer finite."""
 
 
 class Trainer:
@@ -337,8 +335,8 @@ def _stored(config: TrainConfig, device: torch.device) -> TrainConfig:
     world = world_size()
     if device.type == "cuda":
         free = min(gather(torch.cuda.mem_get_info(device)[0]))
-        return resolve(config, Machine(gpus=world, hbm=free / GIB))
-    stored = resolve(config)
+        return decide_storage(config, Machine(gpus=world, hbm=free / GIB))
+    stored = decide_storage(config)
     need = sum(state_bytes(stored).values())
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world > 1 else 1
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * world // beside

@@ -58,7 +58,7 @@ def _child(rank, world, port, answers, action, args):
     )  # fmt: skip
     import torch
 
-    from mupgpt.distributed import join_group, leave_group
+    from mupgpt.distributed.processes import join_group, leave_group
 
     torch.set_num_threads(1)
     warnings.simplefilter("error")

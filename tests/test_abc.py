@@ -9,13 +9,13 @@ import dataclasses
 import pytest
 import torch
 
-from mupgpt.config import Base, GPTConfig, HParams
-from mupgpt.init import init_weights
-from mupgpt.model import GPT
-from mupgpt.optim import make_optimizer
-from mupgpt.rules import RULES
-from mupgpt.table import parametrize
-from mupgpt.training import train_step
+from mupgpt.config.schema import Base, GPTConfig, HParams
+from mupgpt.model.gpt import GPT
+from mupgpt.model.init import init_weights
+from mupgpt.optim.make import make_optimizer
+from mupgpt.parametrization.rules import RULES
+from mupgpt.parametrization.table import parametrize
+from mupgpt.training.step import train_step
 
 CONFIG = GPTConfig(n_layer=2, d_model=64, n_head=2, d_ffn=96, vocab_size=16, seq_len=8, tied=False)
 BASE = Base(d_model=8, d_ffn=12, n_head=1, d_head=8, n_kv_head=1, n_layer=1)

@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import mupgpt as mg
-from mupgpt.config import Base, GPTConfig, HParams
-from mupgpt.layout import layout
-from mupgpt.optim import effective_lrs, make_optimizer, set_lr
-from mupgpt.plain import ConfigError
-from mupgpt.rules import RULES
-from mupgpt.table import parametrize
+from mupgpt.config.schema import Base, GPTConfig, HParams
+from mupgpt.errors import ConfigError
+from mupgpt.optim.make import make_optimizer
+from mupgpt.optim.rates import effective_lrs, set_lr
+from mupgpt.parametrization.layout import layout
+from mupgpt.parametrization.rules import RULES
+from mupgpt.parametrization.table import parametrize
 
 
 class Attention(nn.Module):
@@ -305,8 +306,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, {tests!r})
 from test_adopt import SHAPE, TheirGPT, initialized, reference_run, train, untied
-from mupgpt.distributed import leave_group
-from mupgpt.optim import effective_lrs
+from mupgpt.distributed.processes import leave_group
+from mupgpt.optim.members import effective_lrs
 
 torch.set_num_threads(1)
 rank, world = int(sys.argv[1]), int(sys.argv[2])

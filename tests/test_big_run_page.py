@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mupgpt.checkpoint import checkpoints, load_newest
-from mupgpt.plan import GIB, SCHEMES, Machine, plan
-from mupgpt.presets import train_config
+from mupgpt.checkpoint.verify import checkpoints, load_newest
+from mupgpt.planning.memory import SCHEMES
+from mupgpt.planning.plan import GIB, Machine, plan
+from mupgpt.resolve import train_config
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "big-run.md").read_text(encoding="utf-8")

@@ -8,21 +8,22 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from mupgpt.config import Base, GPTConfig, HParams
-from mupgpt.coord_check import coord_check
-from mupgpt.data import load_corpus
-from mupgpt.flops import flops_per_token
-from mupgpt.init import init_weights
-from mupgpt.layers import RMSNorm
-from mupgpt.layout import count_block_weights, count_params, layout
-from mupgpt.model import GPT, Cache, token_loss
-from mupgpt.optim import make_optimizer
-from mupgpt.population import Population
-from mupgpt.presets import train_config
-from mupgpt.probes import activations, generation_gap
-from mupgpt.rules import RULES
-from mupgpt.table import parametrize
-from mupgpt.training import train_step
+from mupgpt.config.schema import Base, GPTConfig, HParams
+from mupgpt.data.corpus import load_corpus
+from mupgpt.evidence.coordinates import coord_check
+from mupgpt.evidence.probes import activations, generation_gap
+from mupgpt.model.gpt import GPT, Cache
+from mupgpt.model.init import init_weights
+from mupgpt.model.layers import RMSNorm
+from mupgpt.model.losses import token_loss
+from mupgpt.optim.make import make_optimizer
+from mupgpt.parametrization.layout import count_block_weights, count_params, layout
+from mupgpt.parametrization.rules import RULES
+from mupgpt.parametrization.table import parametrize
+from mupgpt.planning.flops import flops_per_token
+from mupgpt.resolve import train_config
+from mupgpt.training.population import Population
+from mupgpt.training.step import train_step
 
 TINY = GPTConfig(n_layer=2, d_model=24, n_head=6, d_head=4, vocab_size=13, seq_len=10)
 BASE = Base(d_model=12, d_ffn=20.5, n_head=3, d_head=4, n_kv_head=3, n_layer=1)

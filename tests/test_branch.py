@@ -7,15 +7,15 @@ import shutil
 import pytest
 import torch
 
-from mupgpt.branch import branch, branch_config
-from mupgpt.checkpoint import CheckpointError, checkpoints, load_newest
+from mupgpt.checkpoint.verify import checkpoints, load_newest
 from mupgpt.cli import run as cli
-from mupgpt.config import Schedule
-from mupgpt.plain import ConfigError
-from mupgpt.presets import overlay, train_config
-from mupgpt.schedules import DECAYS, factor
-from mupgpt.tracking import read_metrics
+from mupgpt.config.schedules import DECAYS, factor
+from mupgpt.config.schema import Schedule
+from mupgpt.errors import CheckpointError, ConfigError
+from mupgpt.resolve import overlay, train_config
+from mupgpt.runs.branch import branch, branch_config
 from mupgpt.trainer import Trainer
+from mupgpt.training.metrics import read_metrics
 
 STEM = {
     "model": {"n_layer": 2, "d_model": 16, "n_head": 2, "vocab_size": 257, "seq_len": 16},

@@ -25,13 +25,13 @@ from scipy.integrate import quad
 from scipy.optimize import approx_fprime
 from scipy.stats import norm
 
-from mupgpt.plain import ConfigError
-from mupgpt.tuning import carbs, gp
-from mupgpt.tuning.carbs import CarbsSampler
-from mupgpt.tuning.front import front, front_laws
-from mupgpt.tuning.gp import GP, fit_gp
+from mupgpt.errors import ConfigError
+from mupgpt.tuning.carbs import gp, sampler as carbs
+from mupgpt.tuning.carbs.front import front, front_laws
+from mupgpt.tuning.carbs.gp import GP, fit_gp
+from mupgpt.tuning.carbs.sampler import CarbsSampler
+from mupgpt.tuning.samplers import make_sampler
 from mupgpt.tuning.spec import StudyConfig
-from mupgpt.tuning.study import make_sampler
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

@@ -13,16 +13,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mupgpt.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    Writer,
-    _host_memory,
-    checkpoints,
-    load_newest,
-    save,
-    verify,
-)
+from mupgpt.checkpoint.reader import Checkpoint
+from mupgpt.checkpoint.verify import checkpoints, load_newest, verify
+from mupgpt.checkpoint.writer import Writer, _host_memory, save
+from mupgpt.errors import CheckpointError
 
 
 def tensors(step):
@@ -103,12 +97,14 @@ def refuse(*_):
 def test_a_failed_write_leaves_the_old_one(tmp_path, monkeypatch):
     write(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr("mupgpt.checkpoint._fsync", lambda path: (_ for _ in ()).throw(OSError("x")))
+        patch.setattr(
+            "mupgpt.checkpoint.writer._fsync", lambda path: (_ for _ in ()).throw(OSError("x"))
+        )
         with pytest.raises(CheckpointError, match="cannot write"):
             write(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     with monkeypatch.context() as patch:
-        patch.setattr("mupgpt.checkpoint.save_file", refuse)
+        patch.setattr("mupgpt.checkpoint.writer.save_file", refuse)
         with pytest.raises(CheckpointError, match=r"cannot write.*disk full"):
             write(tmp_path, 2)
     (tmp_path / ".tmp-step-00000009-1").mkdir()  # of a writer that was killed
@@ -146,7 +142,7 @@ def test_the_background_writes_what_the_state_was(tmp_path, monkeypatch):
     begin = threading.Event()
     original = save_file
     monkeypatch.setattr(
-        "mupgpt.checkpoint.save_file", lambda *args: begin.wait() and original(*args)
+        "mupgpt.checkpoint.writer.save_file", lambda *args: begin.wait() and original(*args)
     )
     state = tensors(1)
     with Writer(tmp_path, keep=2) as writer:
@@ -163,8 +159,8 @@ def test_the_background_writes_what_the_state_was(tmp_path, monkeypatch):
 
 def test_without_room_for_a_copy_the_run_waits(tmp_path, monkeypatch):
     """13B's state beside 128 GB of host memory: written from where it is, file by file."""
-    monkeypatch.setattr("mupgpt.checkpoint._host_memory", lambda: 3 * 4800)
-    monkeypatch.setattr("mupgpt.checkpoint.PART", 2 * 4800)
+    monkeypatch.setattr("mupgpt.checkpoint.writer._host_memory", lambda: 3 * 4800)
+    monkeypatch.setattr("mupgpt.checkpoint.writer.PART", 2 * 4800)
     state = tensors(1)  # of 4800 bytes each
     with Writer(tmp_path, keep=2) as writer:
         writer.save(1, {"model": state}, {})
@@ -173,7 +169,7 @@ def test_without_room_for_a_copy_the_run_waits(tmp_path, monkeypatch):
         assert max(f["size"] for f in found.manifest["files"].values()) < 2 * 4800 + 500
         for name, tensor in state.items():
             assert torch.equal(found.tensors("model")[name], tensor)
-        monkeypatch.setattr("mupgpt.checkpoint.save_file", refuse)
+        monkeypatch.setattr("mupgpt.checkpoint.writer.save_file", refuse)
         writer.save(2, {"model": state}, {})  # as in the background: said by the next one
         with pytest.raises(CheckpointError, match="disk full"):
             writer.wait()
@@ -194,7 +190,7 @@ def test_one_is_written_at_a_time_and_leaving_waits(tmp_path):
 
 
 def test_a_failed_write_surfaces_at_the_next_one_or_at_the_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mupgpt.checkpoint.save_file", refuse)
+    monkeypatch.setattr("mupgpt.checkpoint.writer.save_file", refuse)
     with Writer(tmp_path, keep=2) as writer:
         writer.save(1, {"model": tensors(1)}, {})
         with pytest.raises(CheckpointError, match=r"cannot write .*step-00000001: disk full"):

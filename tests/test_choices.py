@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mupgpt.choices import CHOICES, chosen
 from mupgpt.cli import run
-from mupgpt.plain import ConfigError
-from mupgpt.presets import overlay, train_config
-from mupgpt.rules import RULES
-from mupgpt.schedules import lr_factor, warmup_steps
-from mupgpt.transfer import decay_time, transfer
-from mupgpt.tuning.verdict import load_verdict
+from mupgpt.config.schedules import lr_factor, warmup_steps
+from mupgpt.errors import ConfigError
+from mupgpt.evidence.verdict import load_verdict
+from mupgpt.mutransfer.choices import CHOICES, chosen
+from mupgpt.mutransfer.transfer import decay_time, transfer
+from mupgpt.parametrization.rules import RULES
+from mupgpt.resolve import overlay, train_config
 
 MEASURED = Path(__file__).parent.parent / "sweeps" / "results" / "batch-size.json"
 

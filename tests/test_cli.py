@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mupgpt.cli import run
-from mupgpt.presets import train_config
+from mupgpt.resolve import train_config
 
 TEXT = "".join(f"line {i}: {i * i}\n" for i in range(700))
 SPEC = """

@@ -6,9 +6,10 @@ import tomllib
 import pytest
 import tomli_w
 
-from mupgpt.config import HParams, TrainConfig
-from mupgpt.plain import ConfigError, from_dict, load_toml, to_dict
-from mupgpt.presets import overlay, train_config
+from mupgpt.config.plain import from_dict, load_toml, to_dict
+from mupgpt.config.schema import HParams, TrainConfig
+from mupgpt.errors import ConfigError
+from mupgpt.resolve import overlay, train_config
 
 
 def test_round_trip_through_json_and_toml():

@@ -7,7 +7,7 @@ from io import BytesIO
 import pytest
 from test_tuning import RAW
 
-from mupgpt.plain import ConfigError
+from mupgpt.errors import ConfigError
 from mupgpt.report.dashboard import read_only_app
 from mupgpt.tuning.spec import parse_spec
 from mupgpt.tuning.study import Sweep

@@ -7,23 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from mupgpt.config import DataConfig
-from mupgpt.data import (
-    EOT,
-    Batches,
-    Corpus,
-    encode_bytes,
-    eval_batch,
-    is_held_out,
-    load_corpus,
-    permute,
-    read_shard,
-    write_corpus,
-    write_shard,
-)
-from mupgpt.generate import decode
-from mupgpt.phases import PhaseConfig
-from mupgpt.plain import ConfigError
+from mupgpt.config.phases import PhaseConfig
+from mupgpt.config.schema import DataConfig
+from mupgpt.data.batches import Batches, eval_batch, permute
+from mupgpt.data.corpus import Corpus, is_held_out, load_corpus, write_corpus
+from mupgpt.data.token_files import read_shard, write_shard
+from mupgpt.data.tokenizers import EOT, encode_bytes
+from mupgpt.errors import ConfigError
+from mupgpt.runs.generate import decode
 
 
 def corpus(n=1000, name="counting"):

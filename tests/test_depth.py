@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mupgpt.data import load_corpus
-from mupgpt.population import Population
+from mupgpt.data.corpus import load_corpus
+from mupgpt.evidence.verdict import judge, load_verdict
+from mupgpt.training.population import Population
 from mupgpt.tuning.curves import Curve
 from mupgpt.tuning.spec import load_spec
-from mupgpt.tuning.verdict import judge, load_verdict
 
 KEY = "hparams.lr_mult_hidden"
 COMMITTED = Path(__file__).parent.parent / "sweeps" / "results" / "depth.json"

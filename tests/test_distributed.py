@@ -16,21 +16,22 @@ import torch
 from ranks import launch
 from torch import distributed as dist
 
-from mupgpt import checkpoint
-from mupgpt.checkpoint import CheckpointError, load_newest
-from mupgpt.config import ParallelConfig
-from mupgpt.distributed import Grid, on_main
-from mupgpt.init import init_weights
-from mupgpt.model import GPT
-from mupgpt.optim import assert_rates
-from mupgpt.parallel import materialize, parallelize
-from mupgpt.plain import ConfigError, to_dict
-from mupgpt.presets import overlay, train_config
-from mupgpt.shards import piece
-from mupgpt.state import state_groups
-from mupgpt.tracking import read_metrics
-from mupgpt.trainer import Interrupted, Trainer
-from mupgpt.training import param_dtype
+import mupgpt.checkpoint.writer as checkpoint
+from mupgpt.checkpoint.state import state_groups
+from mupgpt.checkpoint.verify import load_newest
+from mupgpt.config.plain import to_dict
+from mupgpt.config.schema import ParallelConfig
+from mupgpt.distributed.parallel import materialize, parallelize
+from mupgpt.distributed.processes import Grid, on_main
+from mupgpt.errors import CheckpointError, ConfigError, Interrupted
+from mupgpt.model.gpt import GPT
+from mupgpt.model.init import init_weights
+from mupgpt.model.shards import piece
+from mupgpt.optim.rates import assert_rates
+from mupgpt.resolve import overlay, train_config
+from mupgpt.trainer import Trainer
+from mupgpt.training.device import param_dtype
+from mupgpt.training.metrics import read_metrics
 
 RAW = {
     # Odd sizes: 257 rows are two blocks and a row, 50 do not divide by four; clipping is active.

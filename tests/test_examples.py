@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mupgpt.bundled import bundled
-from mupgpt.rules import RULES
+from mupgpt.parametrization.rules import RULES
+from mupgpt.util.bundled import bundled
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = bundled("examples")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mupgpt.flops import flops_per_token
-from mupgpt.presets import train_config
+from mupgpt.planning.flops import flops_per_token
+from mupgpt.resolve import train_config
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

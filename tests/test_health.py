@@ -12,19 +12,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import mupgpt.health as health_module
+import mupgpt.training.health as health_module
 from mupgpt.cli import run
-from mupgpt.health import activations, kind, measure
-from mupgpt.init import init_weights
-from mupgpt.model import GPT
-from mupgpt.optim import make_optimizer
-from mupgpt.plain import ConfigError, to_dict
-from mupgpt.presets import overlay, train_config
-from mupgpt.table import parametrize
-from mupgpt.tracking import read_metrics
+from mupgpt.config.plain import to_dict
+from mupgpt.errors import ConfigError
+from mupgpt.model.gpt import GPT
+from mupgpt.model.init import init_weights
+from mupgpt.optim.make import make_optimizer
+from mupgpt.parametrization.table import parametrize
+from mupgpt.resolve import overlay, train_config
 from mupgpt.trainer import Trainer
-from mupgpt.training import evaluate, train_step
-from mupgpt.watch import BIAS, LOSS_MARGIN, TOLERANCE, Watch
+from mupgpt.training.health import activations, kind, measure
+from mupgpt.training.metrics import read_metrics
+from mupgpt.training.step import evaluate, train_step
+from mupgpt.training.watch import BIAS, LOSS_MARGIN, TOLERANCE, Watch
 
 BASE = {"d_model": 16, "d_ffn": 64, "n_head": 1, "d_head": 16, "n_kv_head": 1, "n_layer": 2}
 RAW = {
@@ -178,13 +179,13 @@ import sys, torch
 from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, {folder!r})
 from test_health import batch, built, config, json, measure, train_step
-from mupgpt.distributed import join_group, leave_group
+from mupgpt.distributed.processes import join_group, leave_group
 join_group()
 model, optimizer, table = built(config())
 for block in model.blocks:
     fully_shard(block)
 fully_shard(model)
-from mupgpt.optim import make_optimizer
+from mupgpt.optim.members import make_optimizer
 optimizer = make_optimizer(model, table)
 for step in range(3):
     train_step(model, optimizer, batch(step), lr_factor=1.0, grad_clip=0.5)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mupgpt.config import Base, GPTConfig, HParams
-from mupgpt.init import BLOCK_ROWS, fill, init_weights, keyed_normal
-from mupgpt.model import GPT
-from mupgpt.table import parametrize
+from mupgpt.config.schema import Base, GPTConfig, HParams
+from mupgpt.model.gpt import GPT
+from mupgpt.model.init import BLOCK_ROWS, fill, init_weights, keyed_normal
+from mupgpt.parametrization.table import parametrize
 
 CONFIG = GPTConfig(
     n_layer=2, d_model=96, n_head=3, d_ffn=400, vocab_size=300, seq_len=64, tied=False
@@ -81,6 +81,6 @@ def test_threads_change_nothing(monkeypatch):
     row = table().rows["wte.weight"]
     serial, parallel = torch.empty(1, 300, 96), torch.empty(1, 300, 96)
     fill(serial, [row], [0])
-    monkeypatch.setattr("mupgpt.init.PARALLEL_FROM", 1)
+    monkeypatch.setattr("mupgpt.model.init.PARALLEL_FROM", 1)
     fill(parallel, [row], [0])
     assert torch.equal(serial, parallel)

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-import mupgpt.tuning.ladder as ladder_module
+import mupgpt.evidence.ladder as ladder_module
 from mupgpt.cli import run as cli
-from mupgpt.config import HParams, Prediction
-from mupgpt.layout import count_params
-from mupgpt.plain import ConfigError
-from mupgpt.population import Population
-from mupgpt.presets import train_config
-from mupgpt.tracking import read_metrics
+from mupgpt.config.schema import HParams, Prediction
+from mupgpt.errors import ConfigError
+from mupgpt.evidence.ladder import Ladder, Rung, load_ladder, run_ladder, six_nd
+from mupgpt.mutransfer.transfer import transfer
+from mupgpt.parametrization.layout import count_params
+from mupgpt.resolve import train_config
 from mupgpt.trainer import Trainer
-from mupgpt.transfer import transfer
-from mupgpt.tuning.ladder import Ladder, Rung, load_ladder, run_ladder, six_nd
+from mupgpt.training.metrics import read_metrics
+from mupgpt.training.population import Population
 
 TOML = """
 [ladder]
@@ -146,8 +146,8 @@ def test_a_planted_law_predicts_the_target(law, planted_loss):
     ],
 )
 def test_only_width_and_horizon_may_differ(change, name):
-    from mupgpt.plain import to_dict
-    from mupgpt.presets import overlay
+    from mupgpt.config.plain import to_dict
+    from mupgpt.resolve import overlay
 
     given = {k: v if isinstance(v, dict | int | str) else to_dict(v) for k, v in change.items()}
     odd = train_config(overlay(to_dict(target()), given))

@@ -15,7 +15,8 @@ import pytest
 import tomli_w
 
 from mupgpt.cli import run
-from mupgpt.launch import Crashed, command_for, supervise
+from mupgpt.errors import Crashed
+from mupgpt.runs.launch import command_for, supervise
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "slurm"
 TINY = {
@@ -72,7 +73,7 @@ def test_a_mistake_in_the_config_is_not_tried_twice(tmp_path, capsys):
 
 def test_the_pause_doubles(tmp_path, monkeypatch):
     waited = []
-    monkeypatch.setattr("mupgpt.launch.time.sleep", waited.append)
+    monkeypatch.setattr("mupgpt.runs.launch.time.sleep", waited.append)
     with pytest.raises(Crashed):
         supervise(script(tmp_path, "sys.exit(1)\n"), Path("run"), retries=3, pause=2.0)
     assert waited == [2.0, 4.0, 8.0]

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from mupgpt.cli import run as cli
-from mupgpt.flops import flops_per_token
-from mupgpt.layout import count_params
-from mupgpt.plain import ConfigError, to_dict
-from mupgpt.presets import train_config
-from mupgpt.runfolders import read_curves, read_folders, step_rates
+from mupgpt.config.plain import to_dict
+from mupgpt.errors import ConfigError
+from mupgpt.parametrization.layout import count_params
+from mupgpt.planning.flops import flops_per_token
+from mupgpt.resolve import train_config
+from mupgpt.runs.folders import read_curves, read_folders, step_rates
 from mupgpt.scaling import (
     HOFFMANN_2022,
     annealing_areas,

@@ -8,18 +8,20 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mupgpt.checkpoint import load_newest
-from mupgpt.config import Base, GPTConfig, HParams
-from mupgpt.init import init_weights
-from mupgpt.lean import LeanAdamW, join, round_stochastic, split
-from mupgpt.model import GPT
-from mupgpt.optim import make_optimizer, param_groups, set_lr
-from mupgpt.plain import ConfigError
-from mupgpt.presets import train_config
-from mupgpt.shards import global_norm
-from mupgpt.table import parametrize
+from mupgpt.checkpoint.verify import load_newest
+from mupgpt.config.schema import Base, GPTConfig, HParams
+from mupgpt.errors import ConfigError
+from mupgpt.model.gpt import GPT
+from mupgpt.model.init import init_weights
+from mupgpt.model.shards import global_norm
+from mupgpt.optim.groups import param_groups
+from mupgpt.optim.lean import LeanAdamW, join, round_stochastic, split
+from mupgpt.optim.make import make_optimizer
+from mupgpt.optim.rates import set_lr
+from mupgpt.parametrization.table import parametrize
+from mupgpt.resolve import train_config
 from mupgpt.trainer import Trainer
-from mupgpt.training import train_step
+from mupgpt.training.step import train_step
 
 SHAPE = GPTConfig(n_layer=2, d_model=24, n_head=2, d_ffn=40, vocab_size=13, seq_len=10)
 BASE = Base(d_model=12, d_ffn=20, n_head=1, d_head=12, n_kv_head=1, n_layer=1)

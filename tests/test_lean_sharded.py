@@ -6,17 +6,17 @@ import pytest
 import torch
 from ranks import launch
 
-from mupgpt.checkpoint import load_newest
-from mupgpt.init import init_weights
-from mupgpt.lean import LeanAdamW, join
-from mupgpt.model import GPT
-from mupgpt.optim import param_groups
-from mupgpt.plain import ConfigError
-from mupgpt.presets import overlay, train_config
-from mupgpt.shards import local, piece
-from mupgpt.state import state_groups
-from mupgpt.tracking import read_metrics
+from mupgpt.checkpoint.state import state_groups
+from mupgpt.checkpoint.verify import load_newest
+from mupgpt.errors import ConfigError
+from mupgpt.model.gpt import GPT
+from mupgpt.model.init import init_weights
+from mupgpt.model.shards import local, piece
+from mupgpt.optim.groups import param_groups
+from mupgpt.optim.lean import LeanAdamW, join
+from mupgpt.resolve import overlay, train_config
 from mupgpt.trainer import Trainer
+from mupgpt.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -7,12 +7,12 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mupgpt import model as model_module
-from mupgpt.config import Base, GPTConfig, HParams
-from mupgpt.init import init_weights
-from mupgpt.losses import chunked_loss, token_loss
-from mupgpt.model import GPT
-from mupgpt.table import parametrize
+import mupgpt.model.gpt as model_module
+from mupgpt.config.schema import Base, GPTConfig, HParams
+from mupgpt.model.gpt import GPT
+from mupgpt.model.init import init_weights
+from mupgpt.model.losses import chunked_loss, token_loss
+from mupgpt.parametrization.table import parametrize
 
 SHAPE = GPTConfig(n_layer=1, d_model=16, n_head=2, vocab_size=37, seq_len=8)
 

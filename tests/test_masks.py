@@ -13,33 +13,34 @@ from ranks import launch
 from scipy.stats import sem
 from torch.nn import functional as F
 
-from mupgpt.bundled import find_bundled
-from mupgpt.checkpoint import CheckpointError, load_newest
-from mupgpt.config import Base, GPTConfig, HParams
-from mupgpt.coord_check import coord_check
-from mupgpt.data import Corpus
-from mupgpt.flops import CONVENTIONS, flops_per_token
-from mupgpt.generate import load_run
-from mupgpt.init import BLOCK_ROWS, init_weights, keyed_mask
-from mupgpt.layers import Linear
-from mupgpt.layout import ParamSpec, count_kept, count_params, layout
-from mupgpt.memory import moments
-from mupgpt.memory_trace import trace_peak
-from mupgpt.model import GPT, Cache
-from mupgpt.optim import make_optimizer
-from mupgpt.plain import ConfigError, load_toml
-from mupgpt.population import Population
-from mupgpt.presets import overlay, train_config
-from mupgpt.shards import piece
-from mupgpt.state import load_model
-from mupgpt.table import parametrize, parametrize_layout
-from mupgpt.tracking import read_metrics
+from mupgpt.checkpoint.state import load_model
+from mupgpt.checkpoint.verify import load_newest
+from mupgpt.config.plain import load_toml
+from mupgpt.config.schema import Base, GPTConfig, HParams
+from mupgpt.data.corpus import Corpus
+from mupgpt.errors import CheckpointError, ConfigError
+from mupgpt.evidence.coordinates import coord_check
+from mupgpt.evidence.memory_trace import trace_peak
+from mupgpt.evidence.verdict import judge_sweep
+from mupgpt.model.gpt import GPT, Cache
+from mupgpt.model.init import BLOCK_ROWS, init_weights, keyed_mask
+from mupgpt.model.layers import Linear
+from mupgpt.model.shards import piece
+from mupgpt.mutransfer.transfer import transfer
+from mupgpt.optim.make import make_optimizer
+from mupgpt.parametrization.layout import ParamSpec, count_kept, count_params, layout
+from mupgpt.parametrization.table import parametrize, parametrize_layout
+from mupgpt.planning.flops import CONVENTIONS, flops_per_token
+from mupgpt.planning.memory import moments
+from mupgpt.resolve import overlay, train_config
+from mupgpt.runs.generate import load_run
 from mupgpt.trainer import Trainer
-from mupgpt.training import train_step
-from mupgpt.transfer import transfer
+from mupgpt.training.metrics import read_metrics
+from mupgpt.training.population import Population
+from mupgpt.training.step import train_step
 from mupgpt.tuning.run import run_sweep
 from mupgpt.tuning.spec import parse_spec
-from mupgpt.tuning.verdict import judge_sweep
+from mupgpt.util.bundled import find_bundled
 
 slow = pytest.mark.slow
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.func import functional_call, stack_module_state, vmap
 
-from mupgpt.config import Base, GPTConfig, HParams
-from mupgpt.init import init_weights
-from mupgpt.model import GPT, Cache
-from mupgpt.plain import ConfigError
-from mupgpt.table import parametrize
+from mupgpt.config.schema import Base, GPTConfig, HParams
+from mupgpt.errors import ConfigError
+from mupgpt.model.gpt import GPT, Cache
+from mupgpt.model.init import init_weights
+from mupgpt.parametrization.table import parametrize
 
 TINY = GPTConfig(n_layer=2, d_model=24, n_head=2, d_head=8, d_ffn=40, vocab_size=13, seq_len=10)
 BASE = Base(d_model=12, d_ffn=20, n_head=1, d_head=4, n_kv_head=1, n_layer=1)

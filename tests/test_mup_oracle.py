@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mupgpt.config import Base, GPTConfig, HParams
-from mupgpt.init import init_weights
-from mupgpt.layout import ParamSpec
-from mupgpt.model import GPT
-from mupgpt.optim import param_groups
-from mupgpt.table import parametrize, parametrize_layout
-from mupgpt.training import train_step
+from mupgpt.config.schema import Base, GPTConfig, HParams
+from mupgpt.model.gpt import GPT
+from mupgpt.model.init import init_weights
+from mupgpt.optim.groups import param_groups
+from mupgpt.parametrization.layout import ParamSpec
+from mupgpt.parametrization.table import parametrize, parametrize_layout
+from mupgpt.training.step import train_step
 
 BASE = GPTConfig(n_layer=2, d_model=16, n_head=2, d_ffn=48, vocab_size=19, seq_len=12, tied=False)
 DELTA = GPTConfig(n_layer=2, d_model=24, n_head=3, d_ffn=64, vocab_size=19, seq_len=12, tied=False)

@@ -8,18 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from mupgpt.branch import branch_config
-from mupgpt.checkpoint import load_newest
-from mupgpt.data import Batches, Corpus, load_corpus
-from mupgpt.flops import flops_per_token, run_flops
-from mupgpt.generate import load_run, sample
-from mupgpt.phases import PhaseConfig
-from mupgpt.plain import ConfigError, to_dict
-from mupgpt.population import Population
-from mupgpt.presets import train_config
-from mupgpt.schedules import factor, lr_factor, warmup_steps
-from mupgpt.tracking import FLOPS, TOKENS, TRAIN_LR
+from mupgpt.checkpoint.verify import load_newest
+from mupgpt.config.phases import PhaseConfig
+from mupgpt.config.plain import to_dict
+from mupgpt.config.schedules import factor, lr_factor, warmup_steps
+from mupgpt.data.batches import Batches
+from mupgpt.data.corpus import Corpus, load_corpus
+from mupgpt.errors import ConfigError
+from mupgpt.planning.flops import flops_per_token, run_flops
+from mupgpt.resolve import train_config
+from mupgpt.runs.branch import branch_config
+from mupgpt.runs.generate import load_run, sample
 from mupgpt.trainer import Trainer
+from mupgpt.training.metrics import FLOPS, TOKENS, TRAIN_LR
+from mupgpt.training.population import Population
 
 TWO = [{"steps": 6, "seq_len": 16, "batch_size": 8}, {"steps": 4, "seq_len": 64, "batch_size": 2}]
 

@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mupgpt import model as model_module
+import mupgpt.model.gpt as model_module
 from mupgpt.cli import run as cli
-from mupgpt.config import GPTConfig
-from mupgpt.flops import flops_per_token
-from mupgpt.layout import count_block_weights, count_params
-from mupgpt.memory import CHECKPOINTING, SCHEMES, moments
-from mupgpt.memory_trace import trace_peak
-from mupgpt.model import GPT
-from mupgpt.plain import ConfigError
-from mupgpt.plan import GIB, Machine, options, plan, resolve, state_bytes
-from mupgpt.presets import get_preset, train_config
-from mupgpt.table import POINTS
+from mupgpt.config.schema import GPTConfig
+from mupgpt.errors import ConfigError
+from mupgpt.evidence.memory_trace import trace_peak
+from mupgpt.model.gpt import GPT
+from mupgpt.parametrization.layout import count_block_weights, count_params
+from mupgpt.parametrization.table import POINTS
+from mupgpt.planning.flops import flops_per_token
+from mupgpt.planning.memory import CHECKPOINTING, SCHEMES, moments
+from mupgpt.planning.plan import GIB, Machine, decide_storage, options, plan, state_bytes
+from mupgpt.resolve import get_preset, train_config
 
 BIG = "cerebras-gpt-13b"
 RANK = [(memory, way) for memory in SCHEMES for way in CHECKPOINTING]
@@ -54,8 +54,8 @@ def test_13b_on_one_gpu():
     assert whole.stored.accumulate == whole.taken.accumulate
     assert not any(option.fits for option in whole.options if option.memory == "exact")
     with pytest.raises(ConfigError, match=r"accumulate = 1: 139 GiB .*; \d+ would fit"):
-        resolve(config(), Machine())
-    assert resolve(whole.stored, Machine()) == whole.stored
+        decide_storage(config(), Machine())
+    assert decide_storage(whole.stored, Machine()) == whole.stored
 
 
 def test_the_choice_is_the_best_that_fits():
@@ -117,10 +117,10 @@ def test_the_largest_phase_counts():
 
 
 def test_a_cpu_keeps_everything_exact():
-    run = resolve(config())
+    run = decide_storage(config())
     assert (run.memory, run.parallel.checkpointing) == ("exact", "none")
     asked = config(memory="lean", parallel={"checkpointing": "full"})
-    assert resolve(asked) == asked
+    assert decide_storage(asked) == asked
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_cpu_keeps_everything_exact():
 )
 def test_what_cannot_be_is_said(changes, machine, message):
     with pytest.raises(ConfigError, match=message):
-        resolve(config(**changes), Machine(**machine))
+        decide_storage(config(**changes), Machine(**machine))
 
 
 def test_bf16_gradients_are_not_added_up_across_devices():

@@ -11,17 +11,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mupgpt import population as population_module
-from mupgpt.capture import WARM, Captured, capturable
-from mupgpt.config import Base, HParams
-from mupgpt.data import Corpus
-from mupgpt.model import GPT
-from mupgpt.optim import MemberAdamW, param_groups, set_lr
-from mupgpt.plain import ConfigError
-from mupgpt.population import Population
-from mupgpt.presets import train_config
-from mupgpt.table import parametrize
-from mupgpt.training import update
+import mupgpt.training.population as population_module
+from mupgpt.config.schema import Base, HParams
+from mupgpt.data.corpus import Corpus
+from mupgpt.errors import ConfigError
+from mupgpt.model.gpt import GPT
+from mupgpt.optim.groups import param_groups
+from mupgpt.optim.members import MemberAdamW
+from mupgpt.optim.rates import set_lr
+from mupgpt.parametrization.table import parametrize
+from mupgpt.resolve import train_config
+from mupgpt.training.cuda_graph import WARM, Captured, capturable
+from mupgpt.training.population import Population
+from mupgpt.training.step import update
 
 RNG = np.random.default_rng(0)
 CORPUS = Corpus(

@@ -9,12 +9,12 @@ from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mupgpt.config import Base, GPTConfig, HParams
-from mupgpt.init import init_weights
-from mupgpt.model import GPT, Cache
-from mupgpt.plain import ConfigError
-from mupgpt.positions import alibi_slopes, locate
-from mupgpt.table import parametrize
+from mupgpt.config.schema import Base, GPTConfig, HParams
+from mupgpt.errors import ConfigError
+from mupgpt.model.gpt import GPT, Cache
+from mupgpt.model.init import init_weights
+from mupgpt.model.positions import alibi_slopes, locate
+from mupgpt.parametrization.table import parametrize
 
 TINY = GPTConfig(
     n_layer=2, d_model=24, n_head=6, d_head=4, vocab_size=13, seq_len=8, positions="alibi"

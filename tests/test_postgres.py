@@ -18,7 +18,7 @@ import tomli_w
 from sqlalchemy import event
 from test_tuning import SLOW, states, wait_until
 
-from mupgpt.plain import ConfigError
+from mupgpt.errors import ConfigError
 from mupgpt.tuning.storage import close_storage, open_storage
 from mupgpt.tuning.study import Sweep
 

@@ -2,12 +2,13 @@
 
 import pytest
 
-from mupgpt.layout import count_params
-from mupgpt.plain import ConfigError
-from mupgpt.presets import BLOCKS, PRESETS, base_dims, get_preset, train_config
-from mupgpt.schedules import lr_factor, warmup_steps
-from mupgpt.table import parametrize
-from mupgpt.transfer import transfer
+from mupgpt.config.schedules import lr_factor, warmup_steps
+from mupgpt.errors import ConfigError
+from mupgpt.mutransfer.transfer import transfer
+from mupgpt.parametrization.layout import count_params
+from mupgpt.parametrization.table import parametrize
+from mupgpt.presets import BLOCKS, PRESETS
+from mupgpt.resolve import base_dims, get_preset, train_config
 
 COUNTS = {
     "btlm-3b-8k": 2_646_255_744,

@@ -10,9 +10,10 @@ import pytest
 
 from mupgpt.cli import run as cli
 from mupgpt.cli.laws import propose as command
-from mupgpt.layout import count_params
-from mupgpt.plain import ConfigError
-from mupgpt.presets import PRESETS, train_config
+from mupgpt.errors import ConfigError
+from mupgpt.parametrization.layout import count_params
+from mupgpt.presets import PRESETS
+from mupgpt.resolve import train_config
 from mupgpt.scaling import HOFFMANN_2022, REPLICATION_2024, fit_chinchilla, synthetic_runs
 from mupgpt.scaling.propose import ASPECT, Budget, propose, shape_of
 

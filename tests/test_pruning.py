@@ -4,7 +4,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 from test_tuning import RAW, spec
 
-from mupgpt.plain import ConfigError
+from mupgpt.errors import ConfigError
 from mupgpt.tuning.pruning import bracket, passing
 from mupgpt.tuning.run import run_sweep
 from mupgpt.tuning.spec import StudyConfig, parse_spec

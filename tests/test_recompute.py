@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mupgpt.config import Base, GPTConfig, HParams
-from mupgpt.init import init_weights
-from mupgpt.model import GPT
-from mupgpt.recompute import recomputed
-from mupgpt.table import parametrize
+from mupgpt.config.schema import Base, GPTConfig, HParams
+from mupgpt.model.gpt import GPT
+from mupgpt.model.init import init_weights
+from mupgpt.model.recompute import recomputed
+from mupgpt.parametrization.table import parametrize
 
 SHAPE = GPTConfig(n_layer=3, d_model=32, n_head=2, vocab_size=17, seq_len=12)
 AC = ("none", "selective", "full")

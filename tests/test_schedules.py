@@ -2,12 +2,12 @@
 
 import pytest
 
-from mupgpt.config import GPTConfig, Schedule
-from mupgpt.flops import flops_per_token
-from mupgpt.layout import count_params
-from mupgpt.plain import ConfigError
+from mupgpt.config.schedules import SHAPES, factor, warmup_steps
+from mupgpt.config.schema import GPTConfig, Schedule
+from mupgpt.errors import ConfigError
+from mupgpt.parametrization.layout import count_params
+from mupgpt.planning.flops import flops_per_token
 from mupgpt.presets import PRESETS
-from mupgpt.schedules import SHAPES, factor, warmup_steps
 
 # shape → factor at steps 0, 9, 10, 55, 77.5 % of the decay, and 100 of 100, ten of warm-up, end 0.1
 VALUES = {

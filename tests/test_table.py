@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from mupgpt.config import Base, GPTConfig, HParams
-from mupgpt.flops import CONVENTIONS, flops_per_token
-from mupgpt.layout import count_kept, count_params
-from mupgpt.plain import ConfigError
-from mupgpt.presets import PRESETS, base_dims, get_preset, model_card, train_config
-from mupgpt.rules import RULES
-from mupgpt.table import parametrize
+from mupgpt.config.schema import Base, GPTConfig, HParams
+from mupgpt.errors import ConfigError
+from mupgpt.parametrization.layout import count_kept, count_params
+from mupgpt.parametrization.rules import RULES
+from mupgpt.parametrization.table import parametrize
+from mupgpt.planning.flops import CONVENTIONS, flops_per_token
+from mupgpt.planning.model_card import model_card
+from mupgpt.presets import PRESETS
+from mupgpt.resolve import base_dims, get_preset, train_config
 
 BASE = Base(d_model=64, d_ffn=256, n_head=2, d_head=32, n_kv_head=2, n_layer=2)
 # m_d = 4, m_f = 8, heads' total 6 times the base's, d_head ratio 1.5, depth ratio 4, density 1/4

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import mupgpt.trainer as trainer_module
-from mupgpt.checkpoint import load_newest
-from mupgpt.generate import decode, encode_prompt, load_run, sample
-from mupgpt.plain import ConfigError
-from mupgpt.presets import overlay, train_config
-from mupgpt.tracking import MetricsLog, Wandb, read_metrics
-from mupgpt.trainer import Diverged, Interrupted, Trainer
+from mupgpt.checkpoint.verify import load_newest
+from mupgpt.errors import ConfigError, Diverged, Interrupted
+from mupgpt.resolve import overlay, train_config
+from mupgpt.runs.generate import decode, encode_prompt, load_run, sample
+from mupgpt.trainer import Trainer
+from mupgpt.training.metrics import MetricsLog, Wandb, read_metrics
 
 RAW = {
     "model": {"n_layer": 2, "d_model": 16, "n_head": 2, "vocab_size": 257, "seq_len": 16},
@@ -164,7 +164,7 @@ def test_divergence_is_said_and_the_last_checkpoint_stays(tmp_path, monkeypatch)
 def test_a_lost_learning_rate_is_noticed(tmp_path, monkeypatch):
     """What undoes µP in other code bases, a scheduler that sets one lr for all, stops the run."""
     monkeypatch.setattr(
-        "mupgpt.training.set_lr",
+        "mupgpt.training.step.set_lr",
         lambda optimizer, factor: [g.update(lr=0.006 * factor) for g in optimizer.param_groups],
     )
     with pytest.raises(AssertionError, match=r"lr of blocks\.0\.attn\.q\.weight .* the table says"):
@@ -293,7 +293,7 @@ def test_sampling_is_the_training_forward(tmp_path):
 
 def test_top_k_and_temperature_are_the_distribution():
     """4000 draws from three logits: frequencies within four standard errors."""
-    from mupgpt.generate import _pick
+    from mupgpt.runs.generate import _pick
 
     logits = torch.tensor([0.0, 1.0, 2.0, -5.0], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)

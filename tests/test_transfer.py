@@ -7,13 +7,15 @@ import tomllib
 
 import pytest
 
-from mupgpt.axes import AXES
-from mupgpt.config import TrainConfig
-from mupgpt.plain import ConfigError
-from mupgpt.presets import PRESETS, overlay, train_config
-from mupgpt.rules import RULES
-from mupgpt.table import parametrize
-from mupgpt.transfer import Tuned, Uncertainty, decay_time, transfer
+from mupgpt.config.schema import TrainConfig
+from mupgpt.errors import ConfigError
+from mupgpt.mutransfer.axes import AXES
+from mupgpt.mutransfer.transfer import decay_time, transfer
+from mupgpt.mutransfer.tuned import Tuned, Uncertainty
+from mupgpt.parametrization.rules import RULES
+from mupgpt.parametrization.table import parametrize
+from mupgpt.presets import PRESETS
+from mupgpt.resolve import overlay, train_config
 
 PROXY = {
     "model": "proxy-32", "steps": 100, "hparams": {"weight_decay": 0.1},

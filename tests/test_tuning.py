@@ -21,19 +21,20 @@ from optuna.storages._rdb.models import BaseModel
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
-from mupgpt.bundled import bundled
-from mupgpt.plain import ConfigError
-from mupgpt.population import Population
-from mupgpt.presets import overlay
+from mupgpt.errors import ConfigError
+from mupgpt.resolve import overlay
+from mupgpt.training.population import Population
 from mupgpt.tuning import worker as worker_module
 from mupgpt.tuning.best import best_hparams, importances
 from mupgpt.tuning.pruning import rung_steps
 from mupgpt.tuning.run import run_sweep
+from mupgpt.tuning.samplers import make_sampler
 from mupgpt.tuning.space import Dimension, SearchSpace
 from mupgpt.tuning.spec import load_spec, parse_spec, put
 from mupgpt.tuning.storage import quiet
-from mupgpt.tuning.study import Sweep, make_sampler
+from mupgpt.tuning.study import Sweep
 from mupgpt.tuning.worker import fill, work
+from mupgpt.util.bundled import bundled
 
 RAW = {
     "name": "tiny",

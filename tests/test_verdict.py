@@ -8,15 +8,15 @@ import pytest
 from scipy import stats
 
 from mupgpt.cli import run
-from mupgpt.config import HParams
-from mupgpt.plain import ConfigError
+from mupgpt.config.schema import HParams
+from mupgpt.errors import ConfigError
+from mupgpt.evidence.verdict import LR, judge, judge_sweep, load_verdict
 from mupgpt.report.pictures import verdict_picture
 from mupgpt.tuning.best import best_hparams
 from mupgpt.tuning.curves import Curve, parabola_optimum
 from mupgpt.tuning.run import run_sweep
 from mupgpt.tuning.spec import parse_spec
 from mupgpt.tuning.study import Sweep
-from mupgpt.tuning.verdict import LR, judge, judge_sweep, load_verdict
 from mupgpt.tuning.worker import fill
 
 WIDTHS = (32, 64, 128)

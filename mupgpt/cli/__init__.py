@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from mupgpt.plain import ConfigError
-from mupgpt.stopping import STOPPED
+from mupgpt.errors import ConfigError
+from mupgpt.util.stopping import STOPPED
 
 __all__ = ["main"]
 

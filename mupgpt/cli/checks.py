@@ -7,7 +7,7 @@ from tyro.conf import Positional
 
 from mupgpt.cli.runs import ShapeFlags
 from mupgpt.cli.shared import one_thread, print_json, stem
-from mupgpt.plain import require
+from mupgpt.errors import require
 
 __all__ = ["COMMANDS"]
 
@@ -34,8 +34,8 @@ def verdict(
         json: Print machine-readable data.
         picture: Write the curves there, as SVG and PNG.
     """
+    from mupgpt.evidence.verdict import TOLERANCE, judge_sweep, load_verdict
     from mupgpt.tuning.study import Sweep
-    from mupgpt.tuning.verdict import TOLERANCE, judge_sweep, load_verdict
 
     written = Path(study) / "verdict.json"
     if written.is_file():
@@ -82,7 +82,7 @@ def coord_check(
         json: Print machine-readable data.
         picture: Write the curves there, as SVG and PNG.
     """
-    from mupgpt.coord_check import PLURAL, SEEDS, coord_check as check
+    from mupgpt.evidence.coordinates import PLURAL, SEEDS, coord_check as check
 
     one_thread()
     sizes = {"width": widths, "depth": depths, "density": densities}

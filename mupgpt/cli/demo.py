@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mupgpt.layout import count_params
-from mupgpt.plain import to_dict
-from mupgpt.presets import train_config
+from mupgpt.config.plain import to_dict
+from mupgpt.evidence.verdict import Verdict, judge_sweep
+from mupgpt.mutransfer.transfer import TransferPlan, transfer
+from mupgpt.mutransfer.tuned import Tuned
+from mupgpt.parametrization.layout import count_params
 from mupgpt.report.page import Section, inline_svg, write_page
 from mupgpt.report.pictures import verdict_picture
 from mupgpt.report.tables import table_text
+from mupgpt.resolve import train_config
 from mupgpt.trainer import Trainer
-from mupgpt.transfer import TransferPlan, Tuned, transfer
 from mupgpt.tuning.best import best_hparams
 from mupgpt.tuning.run import run_sweep
 from mupgpt.tuning.study import Sweep
-from mupgpt.tuning.verdict import Verdict, judge_sweep
 
 __all__ = ["run_demo"]
 

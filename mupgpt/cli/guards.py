@@ -6,12 +6,14 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from mupgpt.bundled import bundled
 from mupgpt.cli.shared import one_thread, print_json, read_config, stem, write_text
 from mupgpt.cli.sweeps import source_of
-from mupgpt.config import TrainConfig
-from mupgpt.plain import load_toml, unknown
-from mupgpt.presets import PRESETS, train_config
+from mupgpt.config.plain import load_toml
+from mupgpt.config.schema import TrainConfig
+from mupgpt.errors import unknown
+from mupgpt.presets import PRESETS
+from mupgpt.resolve import train_config
+from mupgpt.util.bundled import bundled
 
 __all__ = ["COMMANDS"]
 
@@ -32,9 +34,9 @@ def check_proxy(
         critical_batch: The proxy's critical batch size in tokens, where measured.
         json: Print machine-readable data.
     """
-    from mupgpt.adequacy import check_proxy as check
-    from mupgpt.axes import AXES
-    from mupgpt.transfer import transfer
+    from mupgpt.mutransfer.axes import AXES
+    from mupgpt.mutransfer.proxy_check import check_proxy as check
+    from mupgpt.mutransfer.transfer import transfer
 
     proxy, seeds = _proxy(spec, cell)
     target = transfer(proxy, read_config(to), accept=AXES).config
@@ -90,10 +92,10 @@ def rungs(
         storage: Optuna storage URL.
         json: Print machine-readable data.
     """
-    from mupgpt.rungs import plan_rungs
+    from mupgpt.mutransfer.bridge import plan_bridge
 
     source = source_of(study, cell, storage)
-    plan = plan_rungs(source, read_config(to), seeds=seeds, max_share=max_share)
+    plan = plan_bridge(source, read_config(to), seeds=seeds, max_share=max_share)
     if not (run and json):
         _say(plan, json)
     if out is not None:
@@ -104,11 +106,11 @@ def rungs(
     if not run:
         print("train and judge them: the same command with --run", file=sys.stderr)
         return 0
-    from mupgpt.tuning.rungs import run_rungs
+    from mupgpt.evidence.bridge_verdict import run_bridge
 
     one_thread()
     folder = out or Path("runs") / "rungs" / f"{_label(study)}-to-{_label(to)}"
-    verdict = run_rungs(plan, folder)
+    verdict = run_bridge(plan, folder)
     _say(verdict, json)
     return 0 if verdict.go else 1
 

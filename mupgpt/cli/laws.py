@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from mupgpt.plain import ConfigError, require, unknown
+from mupgpt.errors import ConfigError, require, unknown
 
 if TYPE_CHECKING:
+    from mupgpt.mutransfer.transfer import TransferPlan
     from mupgpt.scaling.chinchilla import ChinchillaFit
     from mupgpt.scaling.report import LawReport
-    from mupgpt.transfer import TransferPlan
 
 __all__ = ["COMMANDS"]
 
@@ -40,8 +40,8 @@ def branch(
         decay_shape: How the rate falls.
         end: Final factor of the peak.
     """
-    from mupgpt.branch import branch as start
     from mupgpt.cli.shared import one_thread, print_json
+    from mupgpt.runs.branch import branch as start
     from mupgpt.trainer import Trainer
 
     one_thread()
@@ -102,8 +102,8 @@ def _bad_data(origin: str) -> Iterator[None]:
 
 
 def _law(runs: Sequence[Path], name: str, predict: Sequence[str], convention: str) -> LawReport:
-    from mupgpt.flops import CONVENTIONS
-    from mupgpt.runfolders import read_folders
+    from mupgpt.planning.flops import CONVENTIONS
+    from mupgpt.runs.folders import read_folders
     from mupgpt.scaling.named import LAWS
     from mupgpt.scaling.report import report
     from mupgpt.scaling.runs import read_any
@@ -169,8 +169,8 @@ def _positive(name: str, text: str) -> float:
 
 def _annealing(runs: Sequence[Path], predict: Sequence[str], begin: int) -> LawReport:
     from mupgpt.cli.shared import read_config
-    from mupgpt.presets import train_config
-    from mupgpt.runfolders import read_curves, step_rates
+    from mupgpt.resolve import train_config
+    from mupgpt.runs.folders import read_curves, step_rates
     from mupgpt.scaling.report import annealing_report
 
     require(not _is_table(runs), "runs", str(runs[0]), "be run folders: the law reads whole curves")
@@ -182,7 +182,7 @@ def _annealing(runs: Sequence[Path], predict: Sequence[str], begin: int) -> LawR
 def predicted(plan: TransferPlan, ladder: str) -> TransferPlan:
     """The plan with its target's loss predicted from a ladder under the plan's hyperparameters."""
     from mupgpt.cli.shared import one_thread
-    from mupgpt.tuning.ladder import load_ladder, run_ladder
+    from mupgpt.evidence.ladder import load_ladder, run_ladder
 
     one_thread()
     spec = load_ladder(ladder).like(plan.config)
@@ -243,7 +243,7 @@ def propose(
 
 
 def _chinchilla(runs: Sequence[Path]) -> ChinchillaFit:
-    from mupgpt.runfolders import read_folders
+    from mupgpt.runs.folders import read_folders
     from mupgpt.scaling.chinchilla import fit_chinchilla
     from mupgpt.scaling.runs import read_any
 

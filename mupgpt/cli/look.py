@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from mupgpt.bundled import bundled, find_bundled
 from mupgpt.cli.shared import print_json, read_config
-from mupgpt.plain import require, to_dict
-from mupgpt.presets import PRESETS, base_dims, overlay, train_config
+from mupgpt.config.plain import to_dict
+from mupgpt.errors import require
+from mupgpt.presets import PRESETS
+from mupgpt.resolve import base_dims, overlay, train_config
+from mupgpt.util.bundled import bundled, find_bundled
 
 if TYPE_CHECKING:
-    from mupgpt.plan import Plan
+    from mupgpt.planning.plan import Plan
 
 __all__ = ["COMMANDS", "prepare"]
 
@@ -24,8 +26,8 @@ def presets(json: bool = False) -> None:
     Args:
         json: Print machine-readable data.
     """
-    from mupgpt.layout import count_params
-    from mupgpt.presets import model_card
+    from mupgpt.parametrization.layout import count_params
+    from mupgpt.planning.model_card import model_card
     from mupgpt.report.tables import card_text
 
     if not json:
@@ -57,8 +59,8 @@ def table(
         json: Print machine-readable data, one row per parameter.
         markdown: Print Markdown.
     """
+    from mupgpt.parametrization.table import parametrize
     from mupgpt.report.tables import compare_text, table_text
-    from mupgpt.table import parametrize
 
     raw = read_config(preset)
     config = train_config(overlay(raw, {"rule": rule} if rule else {}))
@@ -97,7 +99,7 @@ def plan(
         trace: Count the peak a second way: the real step on fake tensors, without a GPU (minutes).
         json: Print machine-readable data.
     """
-    from mupgpt.plan import Machine, plan as plan_of
+    from mupgpt.planning.plan import Machine, plan as plan_of
 
     machine = Machine(gpus=gpus, hbm=hbm, peak_flops=peak_flops, mfu=mfu, reserve=reserve)
     needs = plan_of(train_config(read_config(config)), machine)
@@ -113,8 +115,8 @@ def plan(
 
 def _traced(needs: "Plan") -> dict[str, float]:
     """GiB by PyTorch's kind at the peak of a step, as the plan stores and recomputes it."""
-    from mupgpt.memory_trace import trace_peak
-    from mupgpt.plan import GIB
+    from mupgpt.evidence.memory_trace import trace_peak
+    from mupgpt.planning.plan import GIB
 
     peak = trace_peak(needs.stored, needs.machine.gpus)
     return {kind: size / GIB for kind, size in peak.items()}
@@ -159,8 +161,8 @@ def prepare(
         out: Prefix of the two shards.
         tokenizer: GPT-2's BPE (needs the extra mupgpt[gpt2]), or bytes.
     """
-    from mupgpt.config import DataConfig
-    from mupgpt.data import load_corpus, write_corpus
+    from mupgpt.config.schema import DataConfig
+    from mupgpt.data.corpus import load_corpus, write_corpus
 
     corpus = load_corpus(DataConfig(source=source, tokenizer=tokenizer))
     for path, tokens in write_corpus(corpus, out):

@@ -9,11 +9,11 @@ import tyro
 from tyro.conf import Positional, arg
 
 from mupgpt.cli.shared import one_thread, print_json, read_config
-from mupgpt.config import GPTConfig, TrainConfig
-from mupgpt.plain import load_toml, to_dict
-from mupgpt.presets import overlay, train_config
+from mupgpt.config.plain import load_toml, to_dict
+from mupgpt.config.schema import GPTConfig, TrainConfig
+from mupgpt.resolve import overlay, train_config
 
-__all__ = ["COMMANDS", "run_train"]
+__all__ = ["COMMANDS", "ShapeFlags", "run_train"]
 
 
 def train(config: Positional[str]) -> None:
@@ -62,7 +62,7 @@ def run_train(name: str, flags: list[str]) -> None:
             config: The run.
             run: Folder for checkpoints and metrics.
         """
-        from mupgpt.distributed import is_main, leave_group
+        from mupgpt.distributed.processes import is_main, leave_group
         from mupgpt.trainer import Trainer
 
         one_thread()
@@ -118,7 +118,7 @@ def launch(
         retries: Failures in a row without a new checkpoint that are forgiven.
         pause: Seconds before the first of them is tried again; doubled with each.
     """
-    from mupgpt.launch import command_for, supervise
+    from mupgpt.runs.launch import command_for, supervise
 
     train_config(load_toml(config))  # a mistake is said before anything is started
     folder = run or Path("runs") / config.stem
@@ -147,8 +147,8 @@ def generate(
         context: Tokens that it may look back on (default: as trained; learned positions end there).
         alibi_scaling: Divide ALiBi's distances by this; 0 is by context over the trained one.
     """
-    from mupgpt.data import EOT
-    from mupgpt.generate import decode, encode_prompt, load_run, sample
+    from mupgpt.data.tokenizers import EOT
+    from mupgpt.runs.generate import decode, encode_prompt, load_run, sample
 
     model, tokenizer = load_run(run, context, alibi_scaling)
     start = encode_prompt(prompt, tokenizer)

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mupgpt.plain import ConfigError, load_toml
+from mupgpt.config.plain import load_toml
+from mupgpt.errors import ConfigError
 from mupgpt.presets import PRESETS
 
 __all__ = ["one_thread", "print_json", "read_config", "stem", "write_text"]
@@ -28,7 +29,7 @@ def stem(name: str) -> str:
 
 def one_thread() -> None:
     """One thread a process: two on a busy machine are slower than one (docs/decisions.md)."""
-    from mupgpt.cpu import settle_cpu
+    from mupgpt.training.device import settle_cpu
 
     settle_cpu()
 

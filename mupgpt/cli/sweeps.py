@@ -9,8 +9,10 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from mupgpt.cli import laws
 from mupgpt.cli.shared import one_thread, print_json, read_config, stem, write_text
-from mupgpt.plain import require, to_dict, unknown
-from mupgpt.presets import PRESETS, train_config
+from mupgpt.config.plain import to_dict
+from mupgpt.errors import require, unknown
+from mupgpt.presets import PRESETS
+from mupgpt.resolve import train_config
 
 __all__ = ["COMMANDS", "SWEEP", "source_of"]
 
@@ -112,7 +114,7 @@ def transfer(
         ladder: A ladder of small runs (a name or a TOML file) that predicts the target's loss.
         json: Print the record.
     """
-    from mupgpt.transfer import transfer as plan_of
+    from mupgpt.mutransfer.transfer import transfer as plan_of
 
     source = source_of(study, cell, storage, seeds)
     plan = plan_of(source, to if to in PRESETS else read_config(to), accept, choose)
@@ -161,7 +163,7 @@ def sweep_import(
         columns: Columns with names of their own, as hparams.lr=my_lr,loss=final.
         storage: Optuna storage URL (default: SQLite in runs/sweeps/NAME).
     """
-    from mupgpt.tuning.imports import import_sweep
+    from mupgpt.tuning.import_runs import import_sweep
 
     pairs = [pair for part in columns for pair in re.split(r",(?=[\w.]+=)", part)]
     for pair in pairs:

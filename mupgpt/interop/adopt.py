@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mupgpt.config import HParams
-from mupgpt.init import fill
+from mupgpt.config.schema import HParams
+from mupgpt.errors import ConfigError, require
 from mupgpt.interop.describe import read
 from mupgpt.interop.fold import CONSTANTS, Load, factors, fold
 from mupgpt.interop.forward import depths, loads, readout_ratio
 from mupgpt.interop.modules import is_norm, named, unwrapped
 from mupgpt.interop.reading import Reading
-from mupgpt.layout import ParamSpec
-from mupgpt.optim import make_optimizer, param_groups
-from mupgpt.plain import ConfigError, require
-from mupgpt.rules import Rule, get_rule
-from mupgpt.shards import piece
-from mupgpt.table import ParamRow, ParamTable, parametrize_layout
+from mupgpt.model.init import fill
+from mupgpt.model.shards import piece
+from mupgpt.optim.groups import param_groups
+from mupgpt.optim.make import make_optimizer
+from mupgpt.parametrization.layout import ParamSpec
+from mupgpt.parametrization.rules import Rule, get_rule
+from mupgpt.parametrization.table import ParamRow, ParamTable, parametrize_layout
 
 __all__ = ["Adopted", "adopt"]
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from mupgpt.errors import ConfigError, unknown
 from mupgpt.interop.modules import axes, is_norm, is_table, locate, named, owners, stacks
 from mupgpt.interop.mup import base_shapes
 from mupgpt.interop.reading import PLACES, Part, Place, Reading, Shape, misfit
-from mupgpt.layout import ROLES, ParamSpec, Role
-from mupgpt.plain import ConfigError, unknown
+from mupgpt.parametrization.layout import ROLES, ParamSpec, Role
 
 __all__ = ["describe", "read"]
 

@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mupgpt.plain import ConfigError, require
-from mupgpt.rules import Optimizer
-from mupgpt.table import Multiplier, ParamRow, ParamTable
+from mupgpt.errors import ConfigError, require
+from mupgpt.parametrization.rules import Optimizer
+from mupgpt.parametrization.table import Multiplier, ParamRow, ParamTable
 
 __all__ = ["CONSTANTS", "Load", "factors", "fold"]
 
@@ -41,7 +41,7 @@ def fold(table: ParamTable, loads: Mapping[str, Load]) -> ParamTable:
 
     A multiplier that is not 1 and that nothing carries is a `ConfigError`.
 
-    >>> from mupgpt.table import Multiplier, ParamRow, ParamTable
+    >>> from mupgpt.parametrization.table import Multiplier, ParamRow, ParamTable
     >>> row = ParamRow(name="head.weight", site="head.weight", role="output", residual_out=False,
     ...                shape=(9, 64), optimizer="adamw", init="normal", init_std=0.08, lr=1e-2,
     ...                weight_decay=0.1, eps=1e-9, why="eps ÷4 (m_d)")

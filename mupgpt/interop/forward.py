@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from mupgpt.errors import ConfigError
 from mupgpt.interop.fold import Load
 from mupgpt.interop.reading import Reading
-from mupgpt.layout import ParamSpec
-from mupgpt.plain import ConfigError
+from mupgpt.parametrization.layout import ParamSpec
 
 __all__ = ["depths", "loads", "readout_ratio"]
 

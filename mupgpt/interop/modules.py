@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mupgpt.layers import Embedding, LayerNorm, Linear, RMSNorm
+from mupgpt.model.layers import Embedding, LayerNorm, Linear, RMSNorm
 
 __all__ = ["axes", "is_norm", "is_table", "locate", "named", "owners", "stacks", "unwrapped"]
 

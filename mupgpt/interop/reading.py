@@ -6,10 +6,10 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from mupgpt.errors import ConfigError
 from mupgpt.interop.modules import locate, named
 from mupgpt.interop.mup import width_ratios
-from mupgpt.layout import ParamSpec, Role
-from mupgpt.plain import ConfigError
+from mupgpt.parametrization.layout import ParamSpec, Role
 
 __all__ = ["PLACES", "Part", "Place", "Reading", "Shape", "misfit"]
 

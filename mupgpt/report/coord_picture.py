@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mupgpt.coord_check import CoordCheck, Slope
-from mupgpt.report.pictures import COLORS, STYLE, _write
+from mupgpt.evidence.coordinates import CoordCheck, Slope
+from mupgpt.report.pictures import COLORS, STYLE, write_picture
 
 __all__ = ["coord_picture"]
 
@@ -41,7 +41,7 @@ def coord_picture(check: CoordCheck, path: Path) -> list[Path]:
             axes.set_xlabel(check.axis)
         verdict = "passed" if check.passed else "failed: " + ", ".join(check.suspects)
         figure.suptitle(f"Coordinate check of {check.rule} over {check.axis}: {verdict}")
-        return _write(figure, path)
+        return write_picture(figure, path)
 
 
 def _panel(axes: Axes, sizes: tuple[float, ...], slopes: list[Slope]) -> None:

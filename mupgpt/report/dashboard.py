@@ -6,7 +6,7 @@ from wsgiref.simple_server import make_server
 
 from optuna.storages import BaseStorage
 
-from mupgpt.plain import ConfigError, require
+from mupgpt.errors import ConfigError, require
 
 __all__ = ["read_only_app", "serve"]
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mupgpt.report.pictures import COLORS, STYLE, _write
+from mupgpt.report.pictures import COLORS, STYLE, write_picture
 from mupgpt.scaling.named import Series
 from mupgpt.scaling.report import LawReport
 
@@ -28,7 +28,7 @@ def law_picture(report: LawReport, path: Path) -> list[Path]:
         if upper.get_legend_handles_labels()[0]:
             upper.legend(frameon=False)
         upper.set_title(f"{report.law}: {report.formula}", fontsize=9)
-        return _write(figure, path)
+        return write_picture(figure, path)
 
 
 def _curves(upper: Axes, lower: Axes, series: Series) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-__all__ = ["Section", "write_page"]
+__all__ = ["Section", "inline_svg", "write_page"]
 
 TEMPLATE = """<!doctype html>
 <html lang="en">

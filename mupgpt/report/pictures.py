@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mupgpt.evidence.verdict import Drift, Verdict
 from mupgpt.tuning.curves import Curve
-from mupgpt.tuning.verdict import Drift, Verdict
 
-__all__ = ["verdict_picture"]
+__all__ = ["COLORS", "STYLE", "verdict_picture", "write_picture"]
 
 NAMES = {"hparams.lr": "learning rate"}
 COLORS = matplotlib.colormaps["viridis"]
@@ -44,7 +44,7 @@ def verdict_picture(verdict: Verdict, path: Path) -> list[Path]:
         one = NAMES.get(hparams[0], hparams[0].removeprefix("hparams."))
         what = f"The best {one}" if len(hparams) == 1 else "The best hyperparameters"
         figure.suptitle(f"{what} over {verdict.axis} ({verdict.corpus['name']}, {seeds} seeds)")
-        return _write(figure, path)
+        return write_picture(figure, path)
 
 
 def _panel(axes: Axes, drift: Drift, curves: Mapping[float, Curve]) -> None:
@@ -67,7 +67,8 @@ def _panel(axes: Axes, drift: Drift, curves: Mapping[float, Curve]) -> None:
     axes.set_title(f"{drift.rule}: {interval} octaves per doubling", fontsize=10)
 
 
-def _write(figure: Figure, path: Path) -> list[Path]:
+def write_picture(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure in the format that the file name asks for; same bytes for the same data."""
     paths = [path.with_suffix(".svg"), path.with_suffix(".png")]
     undated: dict[str, Any] = {"Date": None}
     figure.savefig(paths[0], metadata=undated)

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 
-from mupgpt.config import TrainConfig
-from mupgpt.layout import count_params
-from mupgpt.presets import PRESETS, model_card, train_config
-from mupgpt.table import ParamTable
-from mupgpt.text import align, number
+from mupgpt.config.schema import TrainConfig
+from mupgpt.parametrization.layout import count_params
+from mupgpt.parametrization.table import ParamTable
+from mupgpt.planning.model_card import model_card
+from mupgpt.presets import PRESETS
+from mupgpt.resolve import train_config
+from mupgpt.util.text import align, number
 
 __all__ = ["card_text", "compare_text", "table_text"]
 

@@ -10,10 +10,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mupgpt.config import GPTConfig, Prediction, Schedule, TrainConfig
-from mupgpt.layout import count_params
-from mupgpt.plain import ConfigError, require, to_dict, unknown
-from mupgpt.presets import PRESETS, train_config
+from mupgpt.config.plain import to_dict
+from mupgpt.config.schema import GPTConfig, Prediction, Schedule, TrainConfig
+from mupgpt.errors import ConfigError, require, unknown
+from mupgpt.parametrization.layout import count_params
+from mupgpt.presets import PRESETS
+from mupgpt.resolve import train_config
 from mupgpt.scaling.batch import fit_batch_law
 from mupgpt.scaling.chinchilla import (
     HOFFMANN_2022,

@@ -10,17 +10,17 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from mupgpt.config import TrainConfig
-from mupgpt.data import load_corpus
-from mupgpt.plain import ConfigError, require
-from mupgpt.population import Population
-from mupgpt.progress import Progress
-from mupgpt.transfer import Tuned, Uncertainty
-from mupgpt.tuning.columns import usual
+from mupgpt.config.schema import TrainConfig
+from mupgpt.data.corpus import load_corpus
+from mupgpt.errors import ConfigError, require
+from mupgpt.mutransfer.tuned import Tuned, Uncertainty
+from mupgpt.training.population import Population
 from mupgpt.tuning.curves import half_width
+from mupgpt.tuning.group_size import usual
 from mupgpt.tuning.spec import Cell, parse_spec
 from mupgpt.tuning.storage import quiet
 from mupgpt.tuning.study import finished, penalized
+from mupgpt.util.progress import Progress
 
 __all__ = ["best_hparams", "importances"]
 

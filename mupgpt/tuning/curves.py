@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 from scipy.interpolate import PchipInterpolator
 
-from mupgpt.plain import ConfigError
+from mupgpt.errors import ConfigError
 
 __all__ = ["Curve", "half_width", "parabola_optimum", "vertex"]
 

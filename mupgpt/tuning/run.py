@@ -12,12 +12,13 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from mupgpt.data import eval_batch, load_corpus
-from mupgpt.plain import require
-from mupgpt.progress import Progress
+from mupgpt.data.batches import eval_batch
+from mupgpt.data.corpus import load_corpus
+from mupgpt.errors import require
 from mupgpt.tuning.spec import SweepSpec, load_spec
 from mupgpt.tuning.study import DONE, Sweep, earlier_sweep
 from mupgpt.tuning.worker import fill, work
+from mupgpt.util.progress import Progress
 
 __all__ = ["run_sweep"]
 

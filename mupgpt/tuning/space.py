@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from mupgpt.plain import ConfigError
+from mupgpt.errors import ConfigError
 
 __all__ = ["Dimension", "SearchSpace"]
 

@@ -10,14 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from mupgpt.bundled import find_bundled
-from mupgpt.config import HParams, TrainConfig
-from mupgpt.plain import ConfigError, from_dict, load_toml, require, to_dict, unknown
-from mupgpt.presets import overlay, train_config
-from mupgpt.rules import get_rule
+from mupgpt.config.plain import from_dict, load_toml, to_dict
+from mupgpt.config.schema import HParams, TrainConfig
+from mupgpt.errors import ConfigError, require, unknown
+from mupgpt.parametrization.rules import get_rule
+from mupgpt.resolve import overlay, train_config
 from mupgpt.tuning.space import Dimension, SearchSpace
+from mupgpt.util.bundled import find_bundled
 
-__all__ = ["FREE", "Cell", "StudyConfig", "SweepSpec", "load_spec"]
+__all__ = ["FREE", "Cell", "StudyConfig", "SweepSpec", "load_spec", "parse_spec"]
 
 
 FREE = ("trials", "columns", "heartbeat")

@@ -25,7 +25,7 @@ from sqlalchemy.exc import (
     ProgrammingError,
 )
 
-from mupgpt.plain import ConfigError
+from mupgpt.errors import ConfigError
 
 __all__ = [
     "MAX_RETRY",

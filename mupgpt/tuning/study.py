@@ -1,26 +1,28 @@
 """A sweep's studies in Optuna's own storage: create, open, count, and read the best."""
 
 import math
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, get_storage
 from optuna.trial import FrozenTrial, TrialState
 
-from mupgpt.data import load_corpus
-from mupgpt.plain import ConfigError
-from mupgpt.training import compute, pick_device
-from mupgpt.tuning.spec import FREE, Cell, StudyConfig, SweepSpec, parse_spec
-from mupgpt.tuning.storage import close_storage, default_url, open_storage, quiet, study_attrs
+from mupgpt.data.corpus import load_corpus
+from mupgpt.errors import ConfigError
+from mupgpt.training.device import compute, pick_device
+from mupgpt.tuning.samplers import make_sampler
+from mupgpt.tuning.spec import FREE, Cell, SweepSpec, parse_spec
+from mupgpt.tuning.storage import close_storage, default_url, open_storage, study_attrs
 
-__all__ = ["Sweep", "earlier_sweep", "finished", "make_sampler", "penalized", "trials_of"]
+__all__ = ["DONE", "Sweep", "earlier_sweep", "finished", "penalized", "trials_of"]
+
 
 RUNS = Path("runs")
+
+
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -155,30 +157,6 @@ def _first_difference(old: Any, new: Any, path: str = "") -> str:
             if key not in FREE and old.get(key) != new.get(key):
                 return _first_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
     return f"{path}: {old!r} there, {new!r} here"
-
-
-def make_sampler(config: StudyConfig, salt: str = "") -> BaseSampler:
-    """The spec's sampler, seeded by ``study.sampler_seed`` and ``salt``.
-
-    After an earlier sweep it draws other points than that one did.
-    """
-    seed = zlib.crc32(f"{config.sampler_seed}/{config.warm_start}{salt}".encode())
-    if config.sampler == "tpe":
-        return TPESampler(seed=seed)
-    if config.sampler == "gp":
-        return GPSampler(seed=seed)
-    if config.sampler == "carbs":
-        from mupgpt.tuning.carbs import CarbsSampler  # and scipy, which no other sampler waits for
-
-        # A study's trials have one shape and one length: their seconds differ by chance alone. They
-        # share seeds and data: to repeat one would tell nothing.
-        return CarbsSampler(seed=seed, cost_key=None, resample_every=0)
-    if config.sampler == "qmc":
-        # One scrambled sequence for all workers: they share its index through the storage.
-        ours = zlib.crc32(config.warm_start.encode())  # 0 without one
-        with quiet():
-            return QMCSampler(seed=config.sampler_seed ^ ours, scramble=True)
-    return RandomSampler(seed=seed)
 
 
 def trials_of(storage: BaseStorage, name: str) -> list[FrozenTrial]:

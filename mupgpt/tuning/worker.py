@@ -24,20 +24,14 @@ from optuna.storages import BaseStorage, RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from mupgpt.cpu import settle_cpu
-from mupgpt.data import load_corpus
-from mupgpt.stopping import stop_flag
-from mupgpt.tuning.chunk import Chunk
-from mupgpt.tuning.columns import columns_for
+from mupgpt.data.corpus import load_corpus
+from mupgpt.training.device import settle_cpu
+from mupgpt.tuning.group_size import columns_for
 from mupgpt.tuning.spec import Cell
 from mupgpt.tuning.storage import MISSED_BEATS, queue_again, quiet, retry_after_death
-from mupgpt.tuning.study import (
-    DONE,
-    Sweep,
-    earlier_sweep,
-    finished,
-    trials_of,
-)
+from mupgpt.tuning.study import DONE, Sweep, earlier_sweep, finished, trials_of
+from mupgpt.tuning.trial_group import Chunk
+from mupgpt.util.stopping import stop_flag
 
 __all__ = ["fill", "work"]
 

@@ -1,0 +1,1 @@
+"""Processes of one run, and how a model is spread over them."""

@@ -1,0 +1,1 @@
+"""Does it transfer? Coordinate checks, verdicts, bridges and ladders."""

@@ -1,0 +1,1 @@
+"""What training is made of: the step, populations of members, metrics, health and alarms."""

@@ -1,0 +1,92 @@
+"""One training step and one evaluation: the same for one model and for K members."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mupgpt.errors import ConfigError
+from mupgpt.model.gpt import GPT
+from mupgpt.model.shards import is_sharded
+from mupgpt.optim.clip import clip_gradients
+from mupgpt.optim.rates import set_lr
+
+__all__ = ["Batch", "evaluate", "sum_in_fp32", "token_losses", "train_step", "update"]
+
+
+Batch = tuple[Tensor, Tensor]
+"""Tokens and targets, each (*K, B, T) integers."""
+
+
+EVAL_TOKENS = 8192  # at most so many tokens, members counted, in one forward of an evaluation
+
+
+def train_step(
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    lr_factor: float,
+    grad_clip: float,
+    accumulate: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step; returns the mean loss in nats per token and the gradient norm, (*K).
+
+    ``lr_factor`` multiplies every learning rate of the table. The batch is cut into ``accumulate``
+    equal micro-batches. Members do not mix: their losses are summed, so each parameter sees the
+    gradient of its own member alone.
+    """
+    set_lr(optimizer, lr_factor)
+    return update(model, optimizer, batch, grad_clip, accumulate)
+
+
+def update(
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    grad_clip: float,
+    accumulate: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """What `train_step` does at the learning rates that the optimizer has."""
+    optimizer.zero_grad(set_to_none=True)
+    if accumulate > 1:
+        sum_in_fp32(model)
+    losses = []
+    for tokens, targets in micro_batches(batch, accumulate):
+        loss = model(tokens, targets).mean(dim=(-2, -1)) / accumulate
+        loss.sum().backward()
+        losses.append(loss.detach())
+    norm = clip_gradients(model, grad_clip)
+    optimizer.step()
+    return torch.stack(losses).sum(0), norm
+
+
+def sum_in_fp32(model: GPT) -> None:
+    """bf16 weights get fp32 gradients, since a sum of many stops growing in bf16."""
+    for p in model.parameters():
+        if p.dtype == torch.bfloat16:
+            if is_sharded(p):
+                raise ConfigError(
+                    "accumulate > 1 with sixteen-bit weights on several devices: FSDP2 would add "
+                    "gradients up in bf16; use accumulate = 1 or memory = 'exact'"
+                )
+            p.grad_dtype = torch.float32
+
+
+def micro_batches(batch: Batch, pieces: int) -> Iterator[Batch]:
+    """The batch in ``pieces`` equal parts along its sequences."""
+    return zip(*(t.chunk(pieces, dim=-2) for t in batch), strict=True)
+
+
+def evaluate(model: GPT, batch: Batch) -> Tensor:
+    """Mean loss of ``batch`` in nats per token, (*K)."""
+    return token_losses(model, batch).mean(dim=(-2, -1))
+
+
+@torch.no_grad()
+def token_losses(model: GPT, batch: Batch) -> Tensor:
+    """Loss of each token of ``batch``, (*K, B, T) float64, in pieces that fit the cache."""
+    tokens, targets = batch
+    rows = max(1, EVAL_TOKENS // (tokens.shape[-1] * (model.members or 1)))
+    pieces = zip(tokens.split(rows, dim=-2), targets.split(rows, dim=-2), strict=True)
+    return torch.cat([model(x, y) for x, y in pieces], dim=-2).double()
