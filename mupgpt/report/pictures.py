@@ -68,7 +68,7 @@ def _panel(axes: Axes, drift: Drift, curves: Mapping[float, Curve]) -> None:
 
 
 def write_picture(figure: Figure, path: Path) -> list[Path]:
-    """Write a figure in the format that the file name asks for; same bytes for the same data."""
+    """Write a figure as SVG and PNG, the same bytes for the same data; returns both paths."""
     paths = [path.with_suffix(".svg"), path.with_suffix(".png")]
     undated: dict[str, Any] = {"Date": None}
     figure.savefig(paths[0], metadata=undated)
