@@ -12,21 +12,14 @@ from mupgpt.cli import run
 from mupgpt.cli.checks import SMALL as SMALL_FLAGS
 from mupgpt.config.schema import Base, GPTConfig
 from mupgpt.errors import ConfigError
-from mupgpt.evidence.coordinates import (
-    ALLOWANCE,
-    HPARAMS,
-    MAX_ERROR,
-    SHAPES,
-    Slope,
-    _settings,
-    coord_check,
-    is_zero,
-)
+from mupgpt.evidence.coordinates import HPARAMS, SHAPES, _settings, coord_check
 from mupgpt.evidence.probes import activations, generation_gap, measure, random_batch
+from mupgpt.evidence.slopes import ALLOWANCE, MAX_ERROR, Slope, is_zero
 from mupgpt.model.gpt import GPT, scale
 from mupgpt.model.init import init_weights
 from mupgpt.optim.solo import OPTIMIZERS, _momentum as momentum_groups
-from mupgpt.parametrization.expected_slopes import GROWS, expected_slopes
+from mupgpt.parametrization.axes import AXES
+from mupgpt.parametrization.expected_slopes import expected_slopes
 from mupgpt.parametrization.rules import RULES
 from mupgpt.parametrization.table import parametrize
 from mupgpt.report.coord_picture import coord_picture
@@ -371,10 +364,10 @@ def test_exponents_of_mup():
 def declared(rule, axis, role):
     """A literal's own exponent of the learning rate of a role inside blocks."""
     powers = (rule.lr.get(role, {}), rule.block_lr if role in ("hidden", "bias", "norm") else {})
-    return sum(power.get(quantity, 0.0) for power in powers for quantity in GROWS[axis])
+    return sum(power.get(quantity, 0.0) for power in powers for quantity in AXES[axis].grows)
 
 
-CLAIMS = [(r, axis) for r in RULES.values() for axis in GROWS if axis in r.covers]
+CLAIMS = [(r, axis) for r in RULES.values() for axis in SHAPES if axis in r.covers]
 
 
 @pytest.mark.parametrize(("rule", "axis"), CLAIMS, ids=[f"{r.name}-{a}" for r, a in CLAIMS])

@@ -10,7 +10,8 @@ from scipy import stats
 from mupgpt.cli import run
 from mupgpt.config.schema import HParams
 from mupgpt.errors import ConfigError
-from mupgpt.evidence.verdict import LR, judge, judge_sweep, load_verdict
+from mupgpt.evidence.drift import LR
+from mupgpt.evidence.verdict import judge, judge_sweep, load_verdict
 from mupgpt.report.pictures import verdict_picture
 from mupgpt.tuning.best import best_hparams
 from mupgpt.tuning.curves import Curve, parabola_optimum

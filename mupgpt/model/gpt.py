@@ -17,7 +17,8 @@ from mupgpt.model.layers import Embedding, LayerNorm, Linear, RMSNorm
 from mupgpt.model.losses import chunked_loss, token_loss
 from mupgpt.model.positions import Places, locate
 from mupgpt.parametrization.layout import densities
-from mupgpt.parametrization.table import POINTS, ParamTable
+from mupgpt.parametrization.table import ParamTable
+from mupgpt.parametrization.words import POINTS
 from mupgpt.planning.memory import CHUNK
 
 __all__ = ["GPT", "Block", "Cache"]
