@@ -14,7 +14,7 @@ from mupgpt.config.schema import Base, GPTConfig
 from mupgpt.errors import ConfigError
 from mupgpt.evidence.coordinates import HPARAMS, SHAPES, _settings, coord_check
 from mupgpt.evidence.probes import activations, generation_gap, measure, random_batch
-from mupgpt.evidence.slopes import ALLOWANCE, MAX_ERROR, Slope, is_zero
+from mupgpt.evidence.slopes import ALLOWANCE, MAX_ERROR, Slope, fit_slopes, is_zero
 from mupgpt.model.gpt import GPT, scale
 from mupgpt.model.init import init_weights
 from mupgpt.optim.solo import OPTIMIZERS, _momentum as momentum_groups
@@ -196,6 +196,26 @@ def test_other_rules_and_optimizers_pass_over_width(rule):
     assert check.passed and not check.suspects, str(check)
     claimed = {"d_head fixed", "n_head fixed"} if rule != "minicpm" else {"d_head fixed"}
     assert {slope.setting for slope in check.slopes} == claimed
+
+
+def test_a_gain_that_heads_share_has_exponents_of_its_own():
+    """Those of a norm as wide as the model would fail a table that is right (SGD, d_head fixed)."""
+    check = coord_check("mup-sgd", shape={"qk_norm": True}, **SMALL)
+    assert check.passed and not check.suspects, str(check)
+    assert {s.measure for s in check.slopes if s.probe == "norm.qk"} == {
+        "gradient", "rate", "update",
+    }  # fmt: skip
+
+
+def test_a_probe_without_an_exponent_borrows_none():
+    """But for the stream, which may have one for all layers."""
+    run = [{("step", p): torch.ones(3) * 2**i for p in PROBES} for i in range(3)]
+    expected = {"step": {"norm": 1.0, "residual": 1.0, "residual.last": 0.5}}
+    found = {s.probe: s.expected for s in fit_slopes("d_head fixed", (1, 2, 4), run, expected)}
+    assert found == {"norm": 1.0, "residual.0": 1.0, "residual.last": 0.5}
+
+
+PROBES = ("norm", "norm.qk", "norm.final", "residual.0", "residual.last")
 
 
 @slow

@@ -99,8 +99,7 @@ def fit_slopes(
     x = torch.tensor(sizes, dtype=torch.float64).log2()
     x -= x.mean()
     for measured, probe in runs[0]:
-        exponents = expected.get(measured, {})
-        exponent = exponents.get(probe, exponents.get(probe.split(".")[0]))
+        exponent = _promised(expected.get(measured, {}), probe)
         if exponent is None or any((measured, probe) not in run for run in runs):
             continue
         y = torch.stack([run[measured, probe] for run in runs]).double()
@@ -118,3 +117,9 @@ def fit_slopes(
             lowest=low,
             log2_rms=tuple(y.mean(dim=1).tolist()),
         )
+
+
+def _promised(exponents: Mapping[str, Exponent], probe: str) -> Exponent | None:
+    """The exponent of a probe; the stream may have one for all layers, the rest each their own."""
+    in_stream = probe.startswith("residual.") and probe not in exponents
+    return exponents.get("residual" if in_stream else probe)

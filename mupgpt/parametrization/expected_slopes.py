@@ -46,6 +46,8 @@ def expected_slopes(
                   −w), then √fan-in of each transposed matrix; norms in between cost nothing.
                   That of q and k sums random products over d_head under 1/d_head: −h/2 more.
                   A gain that the queries of all heads share has one such sum a head: +(w − h)/2.
+                  They agree once it has moved; under SGD, whose first step knows the gradient's
+                  size, its update may lag by as much, w/2.
     ``damping``   0 for √v/(√v + ε): ε moves with the gradients, or is too small to matter.
 
     Over density a hidden matrix's root mean squares are over all elements, the dropped ones being
@@ -68,11 +70,7 @@ def expected_slopes(
         "update": _over_all(update, g),
     }
     if rule.optimizer == "sgd":
-        rate = {kind: update[kind] - gradient[kind] for kind in update}
-        slopes["rate"] = {**rate, "qk": rate["hidden"]}  # they share one learning rate
-        if g.d_head:  # and q and k start with smaller gradients
-            slopes["update"]["qk"] = (update["qk"] - 0.5, update["qk"])
-            slopes["change"] |= dict.fromkeys(("q", "k", "scores"), (-0.5, 0.0))
+        _add_rates(slopes, gradient, update, g)
     else:
         slopes["step"] = slopes["update"]
         slopes["damping"] = _over_all(dict.fromkeys(update, 0.0), g)
@@ -190,10 +188,27 @@ def _update(g: _Growth) -> dict[str, float]:
     return {
         "input": -g.emb,
         **dict.fromkeys(MASKED, vectors - g.fan),
-        **dict.fromkeys(("bias", "norm"), vectors),
+        **dict.fromkeys(("bias", "norm", "norm.qk"), vectors),
         "norm.final": 0.0,
         "output": g.head_step,
     }
+
+
+def _add_rates(
+    slopes: dict[str, dict[str, Exponent]],
+    gradient: Mapping[str, float],
+    update: Mapping[str, float],
+    g: _Growth,
+) -> None:
+    """The rates that SGD needs; and the updates that lag, as their gradients begin small."""
+    rate = {kind: update[kind] - gradient[kind] for kind in update}
+    slopes["rate"] = {**rate, "qk": rate["hidden"]}  # they share one learning rate
+    late = g.width / 2  # a gain's gradients from all heads do not agree at first
+    for measure, powers in (("rate", rate), ("update", update)):
+        slopes[measure]["norm.qk"] = (powers["norm.qk"] - late, powers["norm.qk"])
+    if g.d_head:
+        slopes["update"]["qk"] = (update["qk"] - 0.5, update["qk"])
+        slopes["change"] |= dict.fromkeys(("q", "k", "scores"), (-0.5, 0.0))
 
 
 def _over_all(powers: Mapping[str, float], g: _Growth) -> dict[str, Exponent]:
