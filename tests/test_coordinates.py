@@ -166,7 +166,7 @@ def counting_backend(graphs):
 def test_compiled_steps_leave_the_same_numbers():
     table = parametrize(SHAPE, Base.of(SHAPE), HPARAMS, "mup")
     graphs = []
-    run = functools.partial(measure, SHAPE, table, [0, 1], sequences=2, steps=10)
+    run = functools.partial(measure, SHAPE, table, [0, 1], steps=10)
     (compiled, gap), (eager, _) = run(backend=counting_backend(graphs)), run()
     assert len(graphs) >= 2  # with gradients and without
     assert gap < 1e-4
@@ -530,6 +530,7 @@ def test_a_run_that_diverges_fails_and_is_still_data():
         ({"sizes": (32, 64)}, "widths = .*three"),
         ({"seeds": (0, 0, 1)}, "seeds = .*three"),
         ({"steps": 9}, "steps = 9.*10"),
+        ({"axis": "dept"}, "unknown axis of a coordinate check 'dept'; did you mean 'depth'"),
         ({"sizes": (32, 48, 64)}, "d_head = 32 does not divide 48"),
         ({"shape": {"activaton": "gelu"}}, "'shape.activaton'; did you mean 'shape.activation'"),
         ({"shape": {"d_model": 64}}, "shape.d_model = 64: must be left to widths"),

@@ -34,7 +34,6 @@ SIZES: dict[SizeAxis, tuple[float, ...]] = {
     "density": (0.125, 0.25, 0.5, 1.0),
 }
 SEEDS = tuple(range(8))
-SEQUENCES = 2
 TOKENS = {"vocab_size": 64, "seq_len": 8}
 SHAPES: dict[SizeAxis, dict[str, int]] = {
     "width": {"n_layer": 2, **TOKENS},
@@ -86,13 +85,11 @@ def coord_check(
     slopes: list[Slope] = []
     gaps: list[float] = []
     for setting, shapes in _settings(rule, axis, sizes, shape or {}).items():
-        base = Base.of(shapes[-1 if axis == "density" else 0])
+        base = Base.of(shapes[-1 if AXES[axis].judged == "down" else 0])
         runs = []
         for model in shapes:
             table = parametrize(model, base, hparams, applied or rule)
-            measures, gap = measure(
-                model, table, seeds, sequences=SEQUENCES, steps=steps, backend=backend
-            )
+            measures, gap = measure(model, table, seeds, steps=steps, backend=backend)
             runs.append(measures)
             gaps.append(gap)
         grows = setting == "n_head fixed"

@@ -18,7 +18,6 @@ __all__ = [
     "QUANTITIES",
     "ROLES",
     "Check",
-    "ModelQuantity",
     "Optimizer",
     "Point",
     "Power",
