@@ -13,8 +13,9 @@ from mupgpt.mutransfer.choices import CHOICES
 from mupgpt.mutransfer.proxy_check import JUDGES
 from mupgpt.mutransfer.transfer import transfer
 from mupgpt.parametrization.axes import AXES, RULE_AXES, AxisName, SizeAxis, find_axis
+from mupgpt.parametrization.grammar import CHECKS
 from mupgpt.parametrization.layout import ParamSpec, layout
-from mupgpt.parametrization.rules import CHECKS, RULES, Rule
+from mupgpt.parametrization.rules import RULES, Rule
 from mupgpt.parametrization.table import TUNED, parametrize, parametrize_layout
 from mupgpt.parametrization.words import MODEL_QUANTITIES, OPTIMIZERS, POINTS, QUANTITIES, ROLES
 from mupgpt.resolve import train_config

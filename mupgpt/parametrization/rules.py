@@ -34,26 +34,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from mupgpt.errors import unknown
-from mupgpt.parametrization.axes import RULE_AXES, RuleAxis
-from mupgpt.parametrization.words import (
-    MODEL_QUANTITIES,
-    OPTIMIZERS,
-    POINTS,
-    QUANTITIES,
-    ROLES,
-    Check,
-    Optimizer,
-    Point,
-    Power,
-    Quantity,
-    Role,
-    each,
-    flag,
-    mapping,
-    number,
-    one_of,
-    text,
-)
+from mupgpt.parametrization.axes import RuleAxis
+from mupgpt.parametrization.grammar import CHECKS
+from mupgpt.parametrization.words import Optimizer, Point, Power, Quantity, Role
 
 __all__ = ["RULES", "Rule", "get_rule"]
 
@@ -120,25 +103,6 @@ class Rule:
         powers += [self.residual_out_std, self.block_lr, self.eps, self.block_eps]
         return {quantity for power in powers for quantity in power}
 
-
-_ROLE, _AXIS = one_of("role", ROLES), one_of("axis", RULE_AXES)
-_POWER = mapping(one_of("quantity", QUANTITIES), number)
-CHECKS: dict[str, Check] = {
-    "name": text,
-    "source": text,
-    "optimizer": one_of("optimizer", OPTIMIZERS),
-    **dict.fromkeys(("init_std", "lr", "weight_decay"), mapping(_ROLE, _POWER)),
-    **dict.fromkeys(("residual_out_std", "block_lr", "eps", "block_eps"), _POWER),
-    "forward": mapping(
-        one_of("forward point", POINTS),
-        mapping(one_of("quantity of the model", MODEL_QUANTITIES), number),
-    ),
-    "decayed": each(_ROLE),
-    "covers": each(_AXIS),
-    "practice": mapping(_AXIS, text),
-    **dict.fromkeys(("truncated", "keeps_decay_time"), flag),
-}
-"""Field of a `Rule` → what it may hold."""
 
 _GPT2_RESIDUAL: Power = {"2L": -0.5}  # Radford et al. 2019: residual outputs ÷ √(2L)
 _GPT2_DEPTH: Mapping[RuleAxis, str] = {
