@@ -17,7 +17,7 @@ from mupgpt.tuning.curves import Curve, parabola_optimum
 from mupgpt.tuning.run import run_sweep
 from mupgpt.tuning.spec import parse_spec
 from mupgpt.tuning.study import Sweep
-from mupgpt.tuning.worker import fill
+from mupgpt.tuning.trial_queue import fill
 
 WIDTHS = (32, 64, 128)
 CORPUS = {"name": "planted", "sha256": "ab" * 32}
