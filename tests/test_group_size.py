@@ -83,15 +83,15 @@ def test_little_work_is_not_timed(monkeypatch):
 
 def test_much_work_is_timed_and_said(caplog):
     caplog.set_level("INFO", "mupgpt.worker")
-    (cell,) = spec(study={"columns": 0}, train={"batch_size": 256}).cells
+    (cell,) = spec(study={"members": 0}, train={"batch_size": 256}).cells
     chosen = members_for(cell, work=1e5)
     assert chosen in (1, 2, 4, 8, 16) and f"tiny: {chosen} members together" in caplog.text
 
 
 def test_the_spec_decides_where_it_says_so():
-    (cell,) = spec(study={"columns": 5}).cells
+    (cell,) = spec(study={"members": 5}).cells
     assert members_for(cell, work=1e9) == 5
-    assert spec(study={"columns": 5}).identity == spec().identity
+    assert spec(study={"members": 5}).identity == spec().identity
 
 
 def test_memory_bounds_the_count(monkeypatch):

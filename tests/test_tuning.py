@@ -353,7 +353,7 @@ def test_free_places_are_taken_by_the_next_trials(monkeypatch):
         return original(self, until)
 
     monkeypatch.setattr(Population, "train", train)
-    sweep = Sweep.create(spec(study={"trials": 15, "rungs": 1, "reduction": 2, "columns": 6}))
+    sweep = Sweep.create(spec(study={"trials": 15, "rungs": 1, "reduction": 2, "members": 6}))
     study = run_sweep(sweep.spec, workers=1)
     monkeypatch.setattr(Population, "train", original)
     assert len(states(study)) == 15 and states(study).count("PRUNED") >= 5
@@ -372,7 +372,7 @@ def test_free_places_are_taken_by_the_next_trials(monkeypatch):
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "carbs", "qmc", "random"])
 def test_every_sampler_fills_the_space(sampler):
     """No point is drawn twice, over several populations and a second session."""
-    search = {"sampler": sampler, "seeds": [0], "columns": 4}
+    search = {"sampler": sampler, "seeds": [0], "members": 4}
     run_sweep(spec(study={**search, "trials": 7}), workers=1)
     study = run_sweep(spec(study={**search, "trials": 12}), workers=1)
     values = [t.params["hparams.lr"] for t in study.trials]
@@ -456,6 +456,30 @@ def test_a_study_of_another_spec_is_refused_and_nothing_lost():
     with pytest.raises(ConfigError, match="was run on another corpus"):
         run_sweep(spec(), workers=1)
     assert states(Sweep.open("tiny").studies()["tiny"]) == ["COMPLETE"] * 6
+
+
+def test_the_difference_is_named_past_what_decides_nothing():
+    """Budget and group size differ too, and are not what is refused."""
+    run_sweep(spec(study={"trials": 2}), workers=1)
+    changed = spec(study={"trials": 3, "members": 4, "heartbeat": 5, "sampler": "qmc"})
+    with pytest.raises(ConfigError, match=r"study\.sampler: 'tpe' there, 'qmc' here"):
+        run_sweep(changed, workers=1)
+    with pytest.raises(ConfigError, match=r"\(train\.steps: 12 there, 13 here\)"):
+        run_sweep(spec(study={"trials": 3}, train={"steps": 13}), workers=1)
+
+
+def test_the_old_name_of_the_group_size_is_understood():
+    """In files, and in the studies of 0.1.0, which had it with its default."""
+    old, new = spec(study={"columns": 6}), spec(study={"members": 6})
+    assert old == new and old.identity == new.identity == spec().identity
+    sweep = Sweep.create(spec(study={"trials": 2}))
+    study = sweep.study(sweep.spec.cells[0])
+    stored = study.user_attrs["spec"]
+    del stored["study"]["members"]
+    study.set_user_attr("spec", {**stored, "study": {**stored["study"], "columns": 6}})
+    assert Sweep.open("tiny").spec.study.members == 6
+    with pytest.raises(ConfigError, match=r"study.columns = 6: is study.members by now"):
+        spec(study={"columns": 6, "members": 6})
 
 
 def test_structure_makes_a_study_each():

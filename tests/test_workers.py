@@ -61,7 +61,7 @@ def begun(monkeypatch):
 @pytest.mark.parametrize("members", [4, 40])
 def test_what_is_known_is_not_trained_again(begun, members):
     """Ten trials with two values: in groups of two, or all in hand at once."""
-    study = run_sweep(two_values(trials=10, columns=members), workers=1)
+    study = run_sweep(two_values(trials=10, members=members), workers=1)
     assert states(study) == ["COMPLETE"] * 10
     assert sorted(begun) == [(2e-3, 0), (2e-3, 1), (6e-3, 0), (6e-3, 1)]
     copies = [t for t in study.trials if "copied_from" in t.user_attrs]

@@ -61,8 +61,8 @@ def members_for(
     ``work`` is what it has to train, in steps of one member: where that is little, the usual count
     is taken untimed. ``check()`` is called before each timing.
     """
-    if cell.spec.study.columns:
-        return cell.spec.study.columns
+    if cell.spec.study.members:
+        return cell.spec.study.members
     config = cell.config()
     first = usual(config, processes)
     if TIMED_AT_LEAST * first > SHARE * work or config.steps < WARM[pick_device().type] + STEPS:

@@ -10,11 +10,12 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from mupgpt.config.plain import to_dict
 from mupgpt.data.corpus import load_corpus
 from mupgpt.errors import ConfigError
 from mupgpt.training.device import compute, pick_device
 from mupgpt.tuning.samplers import SamplerFactory, make_sampler, sampler_name
-from mupgpt.tuning.spec import FREE, Cell, SweepSpec, parse_spec
+from mupgpt.tuning.spec import FREE, RENAMED, Cell, StudyConfig, SweepSpec, parse_spec
 from mupgpt.tuning.storage import close_storage, open_storage, quiet, study_attrs
 from mupgpt.tuning.urls import default_url, given_url, journal_file, shown, sqlite_file
 
@@ -135,7 +136,7 @@ class Sweep:
         elif attrs["identity"] != self.spec.identity:
             raise ConfigError(
                 f"study {cell.name!r} in {shown(self.url)} belongs to another spec "
-                f"({_first_difference(attrs['spec'], self.spec.to_dict())}); "
+                f"({_first_difference(_decisive(attrs['spec']), _decisive(self.spec.to_dict()))}); "
                 "rename this one (name = …), or move the old folder away"
             )
         elif attrs["corpus"] != fingerprint:
@@ -165,10 +166,16 @@ def _trainable(spec: SweepSpec) -> dict[str, Any]:
     return corpus.fingerprint
 
 
+def _decisive(spec: dict[str, Any]) -> dict[str, Any]:
+    """A stored spec, whole, but for what decides no trial's result."""
+    study = {**to_dict(StudyConfig()), **spec["study"]}
+    return {**spec, "study": {k: v for k, v in study.items() if k not in (*FREE, *RENAMED)}}
+
+
 def _first_difference(old: Any, new: Any, path: str = "") -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
-            if key not in FREE and old.get(key) != new.get(key):
+            if old.get(key) != new.get(key):
                 return _first_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
     return f"{path}: {old!r} there, {new!r} here"
 

@@ -48,7 +48,7 @@ ALONE = Seat()
 def work(
     sweep: Sweep, when: Callable[[], bool] = lambda: False, tell: Callable[[], None] = lambda: None
 ) -> None:
-    """Be the one worker, in this process, until nothing is left anywhere or ``when()`` says stop."""
+    """Be the one worker, in this process: until nothing is left anywhere, or ``when()`` holds."""
     settle_cpu()
     with stop_flag(when) as stop:
         Worker(sweep, stop, ALONE, tell).run()
