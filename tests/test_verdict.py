@@ -19,7 +19,7 @@ from mupgpt.tuning.curves import Curve, parabola_optimum
 from mupgpt.tuning.run import run_sweep
 from mupgpt.tuning.spec import parse_spec
 from mupgpt.tuning.study import Sweep
-from mupgpt.tuning.worker import fill
+from mupgpt.tuning.trial_queue import fill
 
 RESULTS = Path(__file__).parent.parent / "sweeps" / "results"
 WIDTHS = (32, 64, 128)

@@ -18,11 +18,13 @@ from mupgpt.resolve import overlay, train_config
 from mupgpt.tuning.space import Dimension, SearchSpace
 from mupgpt.util.bundled import find_bundled
 
-__all__ = ["FREE", "Cell", "StudyConfig", "SweepSpec", "load_spec", "parse_spec"]
+__all__ = ["FREE", "RENAMED", "Cell", "StudyConfig", "SweepSpec", "load_spec", "parse_spec"]
 
 
-FREE = ("trials", "columns", "heartbeat")
+FREE = ("trials", "members", "heartbeat")
 """Keys of `StudyConfig` that decide no trial's result."""
+RENAMED = {"columns": "members"}
+"""Keys of `StudyConfig` as they once were, in files and in studies, → as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class StudyConfig:
     """How many of each of its studies."""
     each: bool = False
     """Search every dimension alone, in a study of its own, the others at the run's own values."""
-    columns: int = 0
+    members: int = 0
     """Runs that train as one population (0: as memory allows and a short timing finds)."""
     sampler_seed: int = 0
     """Seed of the sampler."""
@@ -65,7 +67,7 @@ class StudyConfig:
         require(warm, "study.warm_start", self.warm_start, "be empty for a grid: it has its points")
         grid_only = self.sampler != "grid" or not self.rungs
         require(grid_only, "study.rungs", self.rungs, "be 0 for a grid: its curves need every end")
-        require(self.columns >= 0, "study.columns", self.columns, "be >= 0")
+        require(self.members >= 0, "study.members", self.members, "be >= 0")
         require(self.heartbeat >= 1, "study.heartbeat", self.heartbeat, "be >= 1")
 
 
@@ -101,7 +103,7 @@ class SweepSpec:
 
     @property
     def identity(self) -> str:
-        """A hash of all that decides a trial's result; budget and columns are not part of it."""
+        """A hash of all that decides a trial's result; budget and group size are not part of it."""
         data = self.to_dict()
         usual = to_dict(StudyConfig())
         for key in FREE:
@@ -133,7 +135,7 @@ class Cell:
         return SearchSpace({self.only: space[self.only]} if self.only else space)
 
     def config(self, params: Mapping[str, Any] | None = None, seed: int = 0) -> TrainConfig:
-        """The run of one column: this cell with the searched values and a seed."""
+        """The run of one member: this cell with the searched values and a seed."""
         raw: dict[str, Any] = dict(self.spec.train)
         for key, value in {**self.values, **(params or {}), "seed": seed}.items():
             raw = put(raw, key, value)
@@ -183,11 +185,22 @@ def load_spec(name: str | Path | SweepSpec) -> SweepSpec:
 def parse_spec(raw: Mapping[str, Any], origin: str) -> SweepSpec:
     """A spec from plain data; every cell's config is resolved, so a typo fails here."""
     try:
-        spec = from_dict(SweepSpec, _flat(dict(raw)))
+        spec = from_dict(SweepSpec, _flat(_renamed(raw)))
         _check(spec)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
     return spec
+
+
+def _renamed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec with today's keys, where it has old ones."""
+    study = raw.get("study", {})
+    if not isinstance(study, Mapping):
+        return dict(raw)
+    for old, new in RENAMED.items():
+        if old in study and new in study:
+            raise ConfigError(f"study.{old} = {study[old]!r}: is study.{new} by now; leave one")
+    return {**raw, "study": {RENAMED.get(key, key): value for key, value in study.items()}}
 
 
 def _flat(raw: dict[str, Any]) -> dict[str, Any]:
