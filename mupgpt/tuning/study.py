@@ -14,7 +14,7 @@ from mupgpt.data.corpus import load_corpus
 from mupgpt.errors import ConfigError
 from mupgpt.training.device import compute, pick_device
 from mupgpt.tuning.samplers import make_sampler
-from mupgpt.tuning.spec import FREE, Cell, SweepSpec, parse_spec
+from mupgpt.tuning.spec import Cell, SweepSpec, differences, parse_spec
 from mupgpt.tuning.storage import close_storage, default_url, open_storage, study_attrs
 
 __all__ = ["DONE", "Sweep", "earlier_sweep", "finished", "penalized", "trials_of"]
@@ -62,7 +62,7 @@ class Sweep:
         specs = [attrs["spec"] for attrs in study_attrs(url) if "spec" in attrs]
         for raw in specs:
             if raw["name"] in (name, folder.name) or (by_folder and len(specs) == 1):
-                return cls(parse_spec(raw, url), url)
+                return cls(parse_spec(raw, url, stored=True), url)
         raise ConfigError(f"no sweep {name!r} in {url}; `optuna studies` lists what it holds")
 
     @property
@@ -120,10 +120,10 @@ class Sweep:
             study.set_user_attr("only", cell.only)
             study.set_user_attr("optuna", optuna.__version__)
             study.set_user_attr("identity", self.spec.identity)
-        elif attrs["identity"] != self.spec.identity:
+        elif changed := differences(attrs["spec"], self.spec.to_dict()):
             raise ConfigError(
                 f"study {cell.name!r} in {self.url} belongs to another spec "
-                f"({_first_difference(attrs['spec'], self.spec.to_dict())}); "
+                f"({changed[0]}); "
                 "rename this one (name = …), or move the old folder away"
             )
         elif attrs["corpus"] != fingerprint:
@@ -149,14 +149,6 @@ def _trainable(spec: SweepSpec) -> dict[str, Any]:
         corpus.check(config.model.vocab_size, config.model.seq_len)
         compute(config.precision, pick_device())
     return corpus.fingerprint
-
-
-def _first_difference(old: Any, new: Any, path: str = "") -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            if key not in FREE and old.get(key) != new.get(key):
-                return _first_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-    return f"{path}: {old!r} there, {new!r} here"
 
 
 def trials_of(storage: BaseStorage, name: str) -> list[FrozenTrial]:
