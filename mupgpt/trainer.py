@@ -23,6 +23,7 @@ from mupgpt.checkpoint.reader import Checkpoint
 from mupgpt.checkpoint.state import load_model, load_optimizer, state_groups
 from mupgpt.checkpoint.verify import checkpoints, load_newest
 from mupgpt.checkpoint.writer import Writer
+from mupgpt.config.fields import differing
 from mupgpt.config.phases import longest
 from mupgpt.config.plain import load_toml, to_dict
 from mupgpt.config.schedules import lr_factor
@@ -79,10 +80,6 @@ from mupgpt.util.progress import Progress
 from mupgpt.util.stopping import STOPPED, Stop, stop_flag
 
 __all__ = ["Trainer"]
-
-
-MAY_CHANGE = ("tracking", "prediction", "parallel", "accumulate", "memory")
-"""What a continued run may be told anew: what is recorded, and how the same steps are executed."""
 
 
 class Trainer:
@@ -275,13 +272,11 @@ class Trainer:
         """Write the config, or refuse a folder that belongs to another one."""
         path, mine = self.folder / "config.json", to_dict(self.config)
         if path.is_file() and checkpoints(self.folder / "checkpoints"):
-            theirs = to_dict(train_config(load_toml(path)))
-            keys = [k for k in mine if k not in MAY_CHANGE and mine[k] != theirs[k]]
-            if keys:
+            theirs = train_config(load_toml(path))
+            for name, there, here in differing(theirs, self.config, "result"):
                 raise ConfigError(
-                    f"{self.folder} belongs to another config: {keys[0]} is "
-                    f"{theirs[keys[0]]!r} there and {mine[keys[0]]!r} here; "
-                    "name another folder with --run"
+                    f"{self.folder} belongs to another config: {name} is {there!r} there and "
+                    f"{here!r} here; name another folder with --run"
                 )
         whole = path.with_suffix(".json.tmp")
         whole.write_text(json.dumps(mine, indent=1), encoding="utf-8")

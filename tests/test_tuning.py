@@ -31,7 +31,7 @@ from mupgpt.tuning.pruning import rung_steps
 from mupgpt.tuning.run import run_sweep
 from mupgpt.tuning.samplers import make_sampler
 from mupgpt.tuning.space import Dimension, SearchSpace
-from mupgpt.tuning.spec import load_spec, parse_spec, put
+from mupgpt.tuning.spec import differences, load_spec, parse_spec, put
 from mupgpt.tuning.storage import quiet
 from mupgpt.tuning.study import Sweep
 from mupgpt.tuning.trial_queue import TrialQueue, fill
@@ -518,12 +518,76 @@ def test_structure_makes_a_study_each():
         ({"train": {"seed": 3}}, "a sweep's seeds are study.seeds"),
         ({"structure": {"rule": "mup"}}, "expected a list of values"),
         ({"structure": {"model.d_modl": [3]}}, "did you mean 'model.d_model'"),
+        (
+            {"space": {"hparams.lr": {"min": 1e-4, "max": 1e-1}}},
+            r"space.hparams.lr = .* must be a range { low = …, high = … } or { values",
+        ),
+        ({"space": {"hparams.lr": 1e-3}}, "space.hparams.lr = 0.001: must be a range { low"),
+        ({"space": {"hparams.lr": {"values": [1e-3, 2e-3, 1e-3]}}}, "name each value once"),
+        (
+            {"space": {"hparams.lr": {"values": [1e-3, 2e-3], "low": 1e-4}}},
+            "space.hparams.lr.low = 0.0001: must be left out beside values",
+        ),
+        ({"space": {"hparams.lr": {"values": [math.nan]}}}, r"lr\.values\[0\] = nan: .* a number"),
+        (
+            {"space": {"hparams.lr": {"low": 1, "high": 1e300}}},
+            r"space.hparams.lr.high = .* <= 1e\+30",
+        ),
+        ({"structure": {"model.d_model": [32, 32]}}, r"d_model = \[32, 32\]: .* each value once"),
+        ({"structure": {"steps": [12, 12.0]}}, r"structure.steps = .* each value once"),
+        (
+            {"structure": {"steps": list(range(6, 300)), "batch_size": list(range(1, 300))}},
+            "'87,906 studies': must make at most 10,000",
+        ),
+        ({"study": {"seeds": [0, -1]}}, r"study.seeds\[1\] = -1: must be >= 0"),
+        ({"study": {"sampler_seed": 2**32}}, "study.sampler_seed = 4294967296: must be <="),
+        ({"study": {"rungs": 10**9}}, "study.rungs = 1000000000: must be <= 30"),
+        (
+            {"study": {"sampler": "grid"}, "space": {"hparams.lr": {"points": 10**9}}},
+            "points = 1000000000: must be <= 1,000",
+        ),
     ],
 )
 def test_a_typo_in_a_spec_is_named(change, message):
     raw = overlay({**RAW, "space": {}} if "space" in change else RAW, change)
     with pytest.raises(ConfigError, match=message):
         parse_spec(raw, "tiny.toml")
+
+
+IGNORED = {
+    "memory": "lean", "parallel.compile": True, "parallel.tensor": 2,
+    "parallel.checkpointing": "full", "tracking.eval_every": 3, "tracking.wandb": "off",
+    "prediction.source": "a law",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", IGNORED)
+def test_what_a_sweep_would_ignore_is_refused_by_name(key):
+    """But a stored sweep opens: its trials are what they would be without."""
+    raw = put({"model": {"n_head": 2}}, key, IGNORED[key])
+    with pytest.raises(ConfigError, match=rf"^tiny.toml: {key} = .* must be left out: a sweep"):
+        spec(train=raw)
+    assert parse_spec(overlay(RAW, {"train": raw}), "tiny.toml", stored=True).name == "tiny"
+
+
+def test_what_a_population_honours_is_no_mistake():
+    honoured = {"accumulate": 2, "precision": "fp64", "memory": "exact",
+                "parallel": {"checkpointing": "none"}}  # fmt: skip
+    assert spec(train=honoured).cells[0].config().accumulate == 2
+
+
+def test_a_changed_spec_names_the_key_that_differs_and_both_values():
+    """Budgets differ freely, and a key that an older version did not know is at its default."""
+    old, new = spec().to_dict(), spec(study={"trials": 9, "heartbeat": 3}).to_dict()
+    del old["study"]["each"]
+    assert differences(old, new) == []
+    changed = spec(study={"trials": 9, "sampler": "gp"}, space={"hparams.lr": {"low": 2e-4}})
+    assert differences(old, changed.to_dict()) == [
+        "study.sampler: 'tpe' there, 'gp' here",
+        "space.hparams.lr.low: 0.0001 there, 0.0002 here",
+    ]
+    moved = spec(train={"hparams": {"lr": 0.01}}).to_dict()
+    assert differences(old, moved) == ["train.hparams.lr: not set there, 0.01 here"]
 
 
 @pytest.mark.parametrize("name", sorted(bundled("sweeps").keys() - {"ladder", "ladder-long"}))

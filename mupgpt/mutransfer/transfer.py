@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mupgpt.config.fields import differing
 from mupgpt.config.plain import finite, to_dict
 from mupgpt.config.schedules import least_warmup, warmup_steps
 from mupgpt.config.schema import Prediction, TrainConfig
@@ -19,7 +20,7 @@ from mupgpt.errors import ConfigError
 from mupgpt.mutransfer.axes import Axis, axes_between
 from mupgpt.mutransfer.choices import Choice, chosen
 from mupgpt.mutransfer.tuned import Tuned, Uncertainty
-from mupgpt.parametrization.axes import AXES, find_axis
+from mupgpt.parametrization.axes import find_axis
 from mupgpt.parametrization.layout import count_params
 from mupgpt.parametrization.rules import Rule, get_rule
 from mupgpt.parametrization.table import ParamTable, parametrize
@@ -242,12 +243,11 @@ def _move(
         Change(f"model.{name}", old, new, "the target's shape")
         for name, old, new in _differences(source.model, target.model)
     ]
-    labels = {"data": AXES["corpus"].value, "phases": _phases}
-    for name in ("batch_size", "steps", "phases", "accumulate", "grad_clip", "precision", "seed",
-                 "data"):  # fmt: skip
-        if getattr(source, name) != getattr(target, name):
-            label = labels.get(name, lambda c, n=name: getattr(c, n))
-            changes.append(Change(name, label(source), label(target), "the target's recipe"))
+    recipe = differing(source, target, "result", "measure", "execution", apart=TOLD)
+    for name, old, new in recipe:
+        if name == "phases":
+            old, new = _phases(source), _phases(target)
+        changes.append(Change(name, old, new, "the target's recipe"))
     whys: dict[str, str] = {}
     steps = [(f"choice {choice.name}", choice.move) for choice in choices]
     for why, step in (*steps, ("at least 2/(1 − β₂) steps", _warm)):
@@ -268,6 +268,10 @@ def _settings(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
         for part in ("hparams", "schedule")
         for name, old, new in _differences(getattr(a, part), getattr(b, part))
     ]
+
+
+TOLD = ("model", "rule", "base", "hparams", "schedule")
+"""What a transfer tells of by itself: the shape, the tuned values, and what choices move."""
 
 
 def _differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:

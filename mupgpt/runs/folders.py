@@ -1,27 +1,28 @@
 """Run folders of the Trainer as the input of scaling laws: finished runs, and loss curves."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mupgpt.config.schema import TrainConfig
-from mupgpt.planning.flops import run_flops
-from mupgpt.parametrization.layout import count_params
-from mupgpt.errors import ConfigError, require
+from mupgpt.config.fields import differing
 from mupgpt.config.plain import load_toml
+from mupgpt.config.schedules import lr_factor, warmup_steps
+from mupgpt.config.schema import TrainConfig
+from mupgpt.errors import ConfigError, require
+from mupgpt.parametrization.layout import count_params
+from mupgpt.planning.flops import run_flops
 from mupgpt.resolve import train_config
 from mupgpt.scaling.annealing import LossCurve
 from mupgpt.scaling.runs import Runs
-from mupgpt.config.schedules import lr_factor, warmup_steps
 from mupgpt.training.metrics import STEP, VAL_LOSS, read_metrics
 
 __all__ = ["read_curves", "read_folders", "step_rates"]
 
 SETTLING = 3  # warm-ups to leave out of a curve: no law of annealing holds there yet
-MAY_DIFFER = ("schedule", "steps", "seed", "parallel", "tracking", "prediction")
+VARIED = ("schedule", "steps", "seed")
+"""What the curves of one law of annealing may differ in: it speaks of nothing else."""
 
 
 def read_folders(folders: Sequence[Path], convention: str = "6N") -> Runs:
@@ -77,10 +78,9 @@ def read_curves(folders: Sequence[Path], begin: int = 0) -> list[LossCurve]:
     """
     runs = [_read(folder) for folder in folders]
     for folder, (config, _) in zip(folders, runs, strict=True):
-        for field in dataclasses.fields(TrainConfig):
-            if field.name not in MAY_DIFFER:
-                ours, theirs = getattr(runs[0][0], field.name), getattr(config, field.name)
-                _same(folders[0], ours, folder, theirs, field.name)
+        differences = differing(runs[0][0], config, "result", "measure", apart=VARIED)
+        for name, ours, theirs in differences:
+            _same(folders[0], ours, folder, theirs, name)
     return [_curve(config, records, begin) for config, records in runs]
 
 

@@ -44,7 +44,7 @@ def best_hparams(study: optuna.Study, top: int = 3, seeds: int = 3) -> Tuned:
     attrs = study.user_attrs
     if "spec" not in attrs:
         raise ConfigError(f"study {study.study_name!r} was not made by mupgpt: it carries no spec")
-    spec = parse_spec(attrs["spec"], study.study_name)
+    spec = parse_spec(attrs["spec"], study.study_name, stored=True)
     cell = Cell(spec, attrs["structure"], attrs.get("only", ""))
     candidates = [t for t in finished(study) if "copied_from" not in t.user_attrs][:top]
     if not candidates:

@@ -10,12 +10,11 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from mupgpt.config.plain import to_dict
 from mupgpt.data.corpus import load_corpus
 from mupgpt.errors import ConfigError
 from mupgpt.training.device import compute, pick_device
 from mupgpt.tuning.samplers import SamplerFactory, make_sampler, sampler_name
-from mupgpt.tuning.spec import FREE, RENAMED, Cell, StudyConfig, SweepSpec, parse_spec
+from mupgpt.tuning.spec import Cell, SweepSpec, differences, parse_spec
 from mupgpt.tuning.storage import close_storage, open_storage, quiet, study_attrs
 from mupgpt.tuning.urls import default_url, given_url, journal_file, shown, sqlite_file
 
@@ -73,7 +72,7 @@ class Sweep:
         specs = [attrs["spec"] for attrs in study_attrs(url) if "spec" in attrs]
         for raw in specs:
             if raw["name"] in (name, folder.name) or (by_folder and len(specs) == 1):
-                return cls(parse_spec(raw, shown(url)), url)
+                return cls(parse_spec(raw, shown(url), stored=True), url)
         raise ConfigError(
             f"no sweep {name!r} in {shown(url)}; `optuna studies` lists what it holds"
         )
@@ -133,10 +132,9 @@ class Sweep:
             study.set_user_attr("only", cell.only)
             study.set_user_attr("optuna", optuna.__version__)
             study.set_user_attr("identity", self.spec.identity)
-        elif attrs["identity"] != self.spec.identity:
+        elif changed := differences(attrs["spec"], self.spec.to_dict()):
             raise ConfigError(
-                f"study {cell.name!r} in {shown(self.url)} belongs to another spec "
-                f"({_first_difference(_decisive(attrs['spec']), _decisive(self.spec.to_dict()))}); "
+                f"study {cell.name!r} in {shown(self.url)} belongs to another spec ({changed[0]}); "
                 "rename this one (name = …), or move the old folder away"
             )
         elif attrs["corpus"] != fingerprint:
@@ -164,20 +162,6 @@ def _trainable(spec: SweepSpec) -> dict[str, Any]:
         corpus.check(config.model.vocab_size, config.model.seq_len)
         compute(config.precision, pick_device())
     return corpus.fingerprint
-
-
-def _decisive(spec: dict[str, Any]) -> dict[str, Any]:
-    """A stored spec, whole, but for what decides no trial's result."""
-    study = {**to_dict(StudyConfig()), **spec["study"]}
-    return {**spec, "study": {k: v for k, v in study.items() if k not in (*FREE, *RENAMED)}}
-
-
-def _first_difference(old: Any, new: Any, path: str = "") -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            if old.get(key) != new.get(key):
-                return _first_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-    return f"{path}: {old!r} there, {new!r} here"
 
 
 def trials_of(storage: BaseStorage, name: str) -> list[FrozenTrial]:
