@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mupgpt.config.plain import load_toml
+from mupgpt.data.corpus import load_corpus
 from mupgpt.evidence.verdict import judge_sweep
 from mupgpt.mutransfer.transfer import transfer
 from mupgpt.resolve import train_config
@@ -32,6 +33,7 @@ def _old(tmp_path):
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     (tmp_path / "runs").mkdir()
     (tmp_path / "sweeps").rename(tmp_path / "runs" / "sweeps")
+    load_corpus.cache_clear()  # of another folder's text.txt
 
 
 def expected(name):

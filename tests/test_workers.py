@@ -76,7 +76,7 @@ def test_what_is_known_is_not_trained_again(begun, members):
 
 
 def test_a_copy_is_what_training_it_again_would_give(begun):
-    """Bit for bit, in another population."""
+    """In a population of another size, whose sums may be rounded otherwise."""
     study = run_sweep(two_values(trials=6), workers=1)
     copy = next(t for t in study.trials if "copied_from" in t.user_attrs)
     sweep = Sweep.open("two")

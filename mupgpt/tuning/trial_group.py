@@ -179,8 +179,8 @@ def has_outcome(trial: FrozenTrial) -> bool:
 def tell_again(study: optuna.Study, trial: optuna.Trial, twin: FrozenTrial) -> None:
     """Tell of ``trial`` what a finished one with the same values came to.
 
-    Trained again it would come to the same, bit for bit. Its user attribute ``copied_from`` is the
-    number of the one that was trained.
+    Trained again it would come to the same, since all trials of a study share initializations and
+    data. Its user attribute ``copied_from`` is the number of the one that was trained.
     """
     facts = {key: twin.user_attrs[key] for key in FACTS if key in twin.user_attrs}
     with _unless_taken(trial):
