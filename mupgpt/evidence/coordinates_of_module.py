@@ -134,7 +134,7 @@ def _rms(values: Sequence[Tensor]) -> Tensor:
 
 
 def _carried(adopted: Adopted, model: nn.Module) -> dict[str, float]:
-    """Layer → the multiplier in its output that theory has behind it."""
+    """Layer → the multiplier in its output that theory asks for."""
     inside = {}
     for name, factor in adopted.carried(model).items():
         part = adopted.reading.parts[adopted.reading.locate(name)[0]]
