@@ -264,7 +264,7 @@ def test_what_is_public_is_documented():
 
 
 LONG = {"config/schema.py", "presets.py"}  # literals
-SHORT = 400  # lines of a file
+SHORT = 410  # lines of a file
 
 
 def functions(path):

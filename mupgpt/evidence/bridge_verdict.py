@@ -175,6 +175,14 @@ def judge_bridge(plan: BridgePlan, runs: tuple[StoredRun, ...]) -> BridgeVerdict
 
     That is when its gain over the transferred rate, paired over seeds, has a 95 % t-interval
     above 0.
+
+    >>> from mupgpt import plan_bridge, train_config
+    >>> plan = plan_bridge(train_config({"model": "cerebras-gpt-40m"}), "cerebras-gpt-13b")
+    >>> losses = (2.2, 2.3, 2.1, 2.2, 2.0, 2.1)  # half, once and twice the rate, two seeds each
+    >>> runs = tuple(StoredRun(config=c, seeds=(0, 1), losses=losses, corpus={})
+    ...              for c in plan.sizes)
+    >>> judge_bridge(plan, runs).direction
+    'up'
     """
     return BridgeVerdict(plan, tuple(map(BridgeRunVerdict, runs)))
 
@@ -184,6 +192,19 @@ def run_bridge(plan: BridgePlan, folder: Path | str) -> BridgeVerdict:
 
     Raises KeyboardInterrupt when it is stopped: the size in hand is lost, the same call goes on
     with it.
+
+    >>> import tempfile
+    >>> from mupgpt import plan_bridge, train_config
+    >>> model = {"n_layer": 1, "d_model": 8, "d_head": 8, "vocab_size": 257, "seq_len": 16}
+    >>> proxy = train_config({"model": model, "steps": 2, "batch_size": 2,
+    ...                       "hparams": {"beta2": 0.0},
+    ...                       "data": {"source": "package:json", "eval_tokens": 64}})
+    >>> plan = plan_bridge(proxy, {"model": {**model, "d_model": 24}, "steps": 4, "batch_size": 2},
+    ...                    seeds=(0, 1), max_share=10)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     found = run_bridge(plan, folder)
+    >>> [size.losses.shape for size in found.sizes]
+    [(3, 2)]
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

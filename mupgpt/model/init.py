@@ -77,6 +77,14 @@ def init_weights(
     With members, ``tables`` and ``seeds`` may be one for all or one each; members that share a
     seed share their standard normals, scaled by each one's std, and their masks. Weights that a
     mask drops start at zero, where decay and AdamW leave them.
+
+    >>> from mupgpt import Base, GPTConfig, HParams, parametrize
+    >>> shape = GPTConfig(n_layer=1, d_model=8, d_head=8, vocab_size=9, seq_len=4)
+    >>> table = parametrize(shape, Base.of(shape), HParams(), "mup")
+    >>> model = GPT(shape)
+    >>> init_weights(model, table, 1)
+    >>> model.get_parameter("ln_f.weight").tolist() == [1.0] * 8
+    True
     """
     members = model.members or 1
     per_table = [tables] * members if isinstance(tables, ParamTable) else list(tables)

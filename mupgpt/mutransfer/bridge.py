@@ -32,7 +32,13 @@ MANY = 16  # from this ratio of widths on three sizes, else two
 
 @dataclass(frozen=True, kw_only=True)
 class BridgePlan:
-    """The sizes between a proxy and its target, and what they cost."""
+    """The sizes between a proxy and its target, and what they cost; `plan_bridge` makes it.
+
+    >>> from mupgpt.resolve import train_config
+    >>> plan = plan_bridge(train_config({"model": "cerebras-gpt-40m"}), "cerebras-gpt-13b")
+    >>> plan.runs * len(plan.sizes), round(plan.share, 4)
+    (27, 0.01)
+    """
 
     source: TrainConfig
     """The tuned run."""

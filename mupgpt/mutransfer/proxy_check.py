@@ -51,7 +51,12 @@ class Criterion:
 
 @dataclass(frozen=True)
 class ProxyCheck:
-    """Every criterion, and whether the proxy is adequate."""
+    """Every criterion, and whether the proxy is adequate; `check_proxy` makes it.
+
+    >>> steps = Criterion("steps", "no", 10, 1000, "too few", "here")
+    >>> ProxyCheck((steps,)).adequate
+    False
+    """
 
     criteria: tuple[Criterion, ...]
 

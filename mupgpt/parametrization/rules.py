@@ -31,7 +31,11 @@ WIDTH = ("width", "ffn ratio", "d_head")
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One parametrization. Each mapping goes from a role (or a forward point) to a `Power`."""
+    """One parametrization. Each mapping goes from a role (or a forward point) to a `Power`.
+
+    >>> Rule(name="mine", source="here", lr={"hidden": {"m_in": -1}}).covers
+    ('width', 'ffn ratio', 'd_head')
+    """
 
     name: str
     """Its name in configs and on the command line."""

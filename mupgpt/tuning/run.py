@@ -34,6 +34,10 @@ def run_sweep(
     (default: one a core, or one for a GPU); with ``workers=1`` the work is done in this process. A
     spec with ``[structure]`` has several studies: then they come as a dict by name. Everything
     that finished is in the storage, whatever ends this call.
+
+    >>> run_sweep("smoke", workers=0)
+    Traceback (most recent call last):
+    mupgpt.errors.ConfigError: workers = 0: must be >= 1
     """
     spec = load_spec(spec)
     require(workers is None or workers >= 1, "workers", workers, "be >= 1")
