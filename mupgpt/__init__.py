@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mupgpt.util.moved import follow_old_paths
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:  # the same names once more, for type checkers; a test compares both
     from mupgpt.config.phases import PhaseConfig as PhaseConfig

@@ -88,6 +88,14 @@ class Trainer:
     The folder holds ``config.json``, ``metrics.jsonl`` and ``checkpoints/``. A folder that already
     has checkpoints of the same config is continued, bit for bit as if it had never stopped; on
     another number of processes up to rounding. Under torchrun every process makes a Trainer.
+
+    >>> import tempfile
+    >>> from mupgpt import train_config
+    >>> config = train_config({"model": "proxy-32", "steps": 2, "tracking": {"wandb": "off"},
+    ...                        "data": {"source": "package:json"}})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Trainer(config, folder).fit()["tokens"] == config.tokens
+    True
     """
 
     def __init__(self, config: TrainConfig, folder: Path | str = "runs/train") -> None:

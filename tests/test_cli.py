@@ -47,7 +47,7 @@ def fails(capsys, *argv):
 
 
 VERBS = ["", "presets", "table", "plan", "ls", "cp", "train", "train proxy-32", "launch",
-         "generate", "verdict", "transfer", "coord-check", "check-proxy", "rungs", "branch", "fit",
+         "generate", "verdict", "transfer", "coord-check", "check-proxy", "bridge", "branch", "fit",
          "propose", "demo", "sweep", "sweep run", "sweep import", "sweep status", "sweep best",
          "sweep importance", "sweep dashboard", "data", "data prepare"]  # fmt: skip
 

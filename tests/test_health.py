@@ -383,7 +383,7 @@ def proxies(tmp_path_factory):
 
 
 def train(c, folder, change=None):
-    """Train with the rows of the table changed behind the config's back; returns the records."""
+    """Train with the rows of the table changed after the config; returns the records."""
     trainer = Trainer(c, folder)
     if change is not None:
         rows = tuple(change(row) for row in trainer.table.params)

@@ -234,3 +234,13 @@ def test_the_record_says_how_well_the_values_are_known():
     open_end = {"hparams.lr": Uncertainty(best=None, factor=None, harmless=1.6)}
     plan = transfer(dataclasses.replace(tuned, uncertainty=open_end), target)
     assert "best outside × ½ … 2" in str(plan) and "hidden learning rate" not in str(plan)
+
+
+def test_names_are_taken_or_refused_with_the_way():
+    by_name = transfer("cerebras-gpt-40m", to="cerebras-gpt-13b")
+    assert by_name.config == transfer(train_config({"model": "cerebras-gpt-40m"}),
+                                      to="cerebras-gpt-13b").config  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"source = 'joint': .* transfer\(best_hparams\('joint'\)"
+    ):
+        transfer("joint", to="proxy-256")

@@ -11,7 +11,11 @@ __all__ = ["PhaseConfig", "lasting", "longest", "phase_at", "tokens_at"]
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """A part of a run with a context and a batch of its own."""
+    """A part of a run with a context and a batch of its own.
+
+    >>> PhaseConfig(steps=100, seq_len=512, batch_size=16).tokens_per_step
+    8192
+    """
 
     steps: int = field(metadata=decides("result", 1, STEPS))
     """Optimizer steps."""

@@ -135,7 +135,14 @@ def finite(x: float) -> float | None:
 
 
 def load_toml(path: Path | str) -> dict[str, Any]:
-    """The tables of a TOML (or resolved JSON) file, or an error that names the file and line."""
+    """The tables of a TOML (or resolved JSON) file, as plain data.
+
+    Raises `ConfigError` with the file and the line for what cannot be read.
+
+    >>> load_toml("no.toml")
+    Traceback (most recent call last):
+    mupgpt.errors.ConfigError: cannot read no.toml: [Errno 2] No such file or directory: 'no.toml'
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark (BOM)

@@ -152,7 +152,11 @@ def _divide(numerator: int, name: str, denominator: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """Dimensions at which the hyperparameters were tuned; they may be fractional (682.6)."""
+    """Dimensions at which the hyperparameters were tuned; they may be fractional (682.6).
+
+    >>> Base(d_model=256, d_ffn=682.6, n_head=4, d_head=64, n_kv_head=4, n_layer=24).density
+    1.0
+    """
 
     d_model: float = field(metadata=decides("result", above=0, high=WIDTH))
     """Width of the residual stream."""
@@ -188,7 +192,13 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class HParams:
-    """Hyperparameters at the base; a rule turns them into one number per parameter."""
+    """Hyperparameters at the base; a rule turns them into one number per parameter.
+
+    The defaults are Cerebras-GPT's (Dey et al. 2023, arXiv 2304.03208).
+
+    >>> HParams(lr=1e-3).init_std
+    0.08
+    """
 
     lr: float = field(default=6e-3, metadata=decides("result", above=0))
     """Peak learning rate at the base."""
@@ -227,7 +237,13 @@ class HParams:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Learning-rate factor over the run: linear warm-up, then ``shape``."""
+    """Learning-rate factor over the run: linear warm-up, then ``shape``.
+
+    >>> from mupgpt.config.schedules import factor
+    >>> halved = Schedule(shape="linear", warmup=0.1, end=0.0)
+    >>> [round(factor(halved, step, 100), 3) for step in (4, 9, 55)]
+    [0.5, 1.0, 0.5]
+    """
 
     shape: Literal["constant", "linear", "cosine", "wsd"] = field(
         default="linear", metadata=decides("result")
@@ -255,7 +271,11 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the tokens come from."""
+    """Where the tokens come from.
+
+    >>> DataConfig(source="package:json", eval_tokens=1024).tokenizer
+    'bytes'
+    """
 
     source: str = field(default="stdlib", metadata=decides("result"))
     """``stdlib``, ``package:NAME``, a file, a folder, a glob, or token shards (``*.bin``)."""
@@ -270,7 +290,11 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """What a run records, and how often."""
+    """What a run records, and how often.
+
+    >>> TrackingConfig(log_every=100, wandb="off").keep
+    2
+    """
 
     log_every: int = field(default=10, metadata=decides("record", above=0, high=STEPS))
     """Steps between two records of training metrics."""
@@ -299,7 +323,11 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How a run is spread over processes and memory; it changes results by rounding only."""
+    """How a run is spread over processes and memory; it changes results by rounding only.
+
+    >>> ParallelConfig(tensor=8).checkpointing
+    'auto'
+    """
 
     tensor: int = field(default=1, metadata=decides("execution", above=0, high=WIDTH))
     """Processes that share one model's heads and d_ffn; the others divide the batch."""
@@ -317,7 +345,15 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The final loss said before the run, in nats per token; the run is held against it."""
+    """The final loss said before the run, in nats per token; the run is held against it.
+
+    Falsy when nothing was predicted.
+
+    >>> print(Prediction(loss=1.3, low=1.2, high=1.4, source="a ladder"))
+    1.3000, 95 % interval [1.2000, 1.4000] (a ladder)
+    >>> bool(Prediction())
+    False
+    """
 
     loss: float = field(default=0.0, metadata=decides("record", 0))
     """The expected held-out loss; 0 means that nothing was predicted."""

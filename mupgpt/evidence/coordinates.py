@@ -71,7 +71,11 @@ def coord_check(
     the rule covers width alone). The smallest size is the base; over density the dense model is.
     ``hparams`` default to values that suit the rule's optimizer, ``backend`` compiles the training
     step. Gradients are not clipped. Raises `ConfigError` for fewer than three sizes or seeds, or
-    fewer than 10 steps.
+    fewer than 10 steps. The method is Yang et al.'s (2022, arXiv 2203.03466, appendix D.1).
+
+    >>> coord_check("mup", sizes=(64, 128))
+    Traceback (most recent call last):
+    mupgpt.errors.ConfigError: widths = (64, 128): must be at least three
     """
     if axis not in SIZES:
         raise unknown("axis of a coordinate check", axis, SIZES)

@@ -154,8 +154,12 @@ def judge(
 ) -> Verdict:
     """The verdict on curves by hyperparameter, rule and size.
 
-    The rule under test is the first that is meant to transfer. Raises `ConfigError` for an unknown
-    axis, and where a rule has curves at one size only.
+    The rule under test is the first that is meant to transfer; ``tolerance`` is in octaves per
+    doubling. Raises `ConfigError` for an unknown axis, and where a rule has curves at one size only.
+
+    >>> curve = Curve(np.arange(3.0), np.array([[2.1, 2.2], [2.0, 2.1], [2.1, 2.2]]))
+    >>> judge({"hparams.lr": {"mup": {32: curve, 64: curve, 128: curve}}}, corpus={}).verdict
+    'PASS'
     """
     row = find_axis(axis)
     require(tolerance > 0, "tolerance", tolerance, "be > 0")
@@ -184,15 +188,9 @@ def load_verdict(path: Path, tolerance: float | None = None) -> Verdict:
     data = load_toml(path)
     try:
         curves = {
-            key: {
-                rule: {
-                    float(size): Curve(np.array(c["log2"]), np.array(c["loss"]))
-                    for size, c in sizes.items()
-                }
-                for rule, sizes in by_rule.items()
-            }
-            for key, by_rule in data["curves"].items()
-        }
+            key: {rule: {float(size): Curve(np.array(c["log2"]), np.array(c["loss"]))
+                         for size, c in sizes.items()} for rule, sizes in by_rule.items()}
+            for key, by_rule in data["curves"].items()}  # fmt: skip
         stated = data["tolerance"] if tolerance is None else tolerance
         return judge(curves, data["corpus"], stated, data["axis"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -207,6 +205,10 @@ def judge_sweep(
     ``sweep`` is a `Sweep`, or the name or folder of one that was run here; ``axis`` is one of
     those of `mupgpt.parametrization.axes.AXES` that are judged (default: the one that the sweep
     varies). Where it varies several, the others are held at their first values.
+
+    >>> judge_sweep("nowhere")
+    Traceback (most recent call last):
+    mupgpt.errors.ConfigError: no sweep 'nowhere' here; start it with: mupgpt sweep run nowhere
     """
     sweep = Sweep.open(sweep) if isinstance(sweep, str) else sweep
     row = _axis(sweep, axis)

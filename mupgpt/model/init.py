@@ -79,6 +79,14 @@ def init_weights(
     seed share their standard normals, scaled by each one's std, and their masks. Weights that a
     mask drops start at zero, where decay and AdamW leave them. Raises `ConfigError` for the table
     of another shape.
+
+    >>> from mupgpt import Base, GPTConfig, HParams, parametrize
+    >>> shape = GPTConfig(n_layer=1, d_model=8, d_head=8, vocab_size=9, seq_len=4)
+    >>> table = parametrize(shape, Base.of(shape), HParams(), "mup")
+    >>> model = GPT(shape)
+    >>> init_weights(model, table, 1)
+    >>> model.get_parameter("ln_f.weight").tolist() == [1.0] * 8
+    True
     """
     require_own_table(model, tables)
     members = model.members or 1

@@ -51,7 +51,12 @@ class Criterion:
 
 @dataclass(frozen=True)
 class ProxyCheck:
-    """Every criterion, and whether the proxy is adequate."""
+    """Every criterion, and whether the proxy is adequate; `check_proxy` makes it.
+
+    >>> steps = Criterion("steps", "no", 10, 1000, "too few", "here")
+    >>> ProxyCheck((steps,)).adequate
+    False
+    """
 
     criteria: tuple[Criterion, ...]
 
@@ -133,7 +138,7 @@ def _width(axis: Axis, proxy: TrainConfig, target: TrainConfig) -> Criterion:
     why = {
         "fine": f"at least {LEAST_WIDTH}, the narrowest published curve (its paper asks for 256)",
         "caution": f"under {LEAST_WIDTH}, the narrowest published curve: finite width may still "
-        "show; widen it, or check sizes in between: mupgpt rungs",
+        "show; widen it, or check sizes in between: mupgpt bridge",
     }[status]
     return replace(found, status=status, why=why, source=f"{YANG}, figure 1 and section 6.1")
 
@@ -200,7 +205,7 @@ def _ratio(proxy: TrainConfig, target: TrainConfig) -> Criterion:
     m = target.model.d_model / proxy.model.d_model
     used = max(m, 1 / m) <= USED_RATIO
     where = f"{'at most' if used else 'over'} {USED_RATIO}, with which a 30B model was trained"
-    remedy = "" if used else "; widen the proxy, or check sizes in between: mupgpt rungs"
+    remedy = "" if used else "; widen the proxy, or check sizes in between: mupgpt bridge"
     status: Status = "fine" if used else "caution"
     source = "Jais-30B's config in Cerebras' Model Zoo (7168 over 256)"
     return Criterion("width ratio", status, 1, m, where + remedy, source)

@@ -24,6 +24,7 @@ from mupgpt.parametrization.axes import find_axis
 from mupgpt.parametrization.layout import count_params
 from mupgpt.parametrization.rules import Rule, get_rule
 from mupgpt.parametrization.table import ParamTable, parametrize
+from mupgpt.presets import PRESETS
 from mupgpt.resolve import overlay, train_config
 from mupgpt.util.text import show
 
@@ -42,7 +43,12 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferPlan:
-    """The target's config with an account of how it came about."""
+    """The target's config with an account of how it came about; `transfer` makes it.
+
+    >>> plan = transfer("cerebras-gpt-40m", to="cerebras-gpt-13b")
+    >>> [axis.name for axis in plan.axes]
+    ['width', 'd_head', 'depth', 'batch (sequences)', 'steps', 'tokens/parameter']
+    """
 
     config: TrainConfig
     source: TrainConfig
@@ -166,23 +172,25 @@ def decay_time(config: TrainConfig) -> float:
 
 
 def transfer(
-    source: Tuned | TrainConfig,
+    source: Tuned | TrainConfig | str,
     to: str | Mapping[str, Any],
     accept: Iterable[str] = (),
     choose: Iterable[str] = (),
 ) -> TransferPlan:
     """The plan that takes tuned hyperparameters to another size.
 
-    ``to`` is a preset's name or plain config data (its ``steps``, ``batch_size`` and ``data`` are
-    the target's recipe; rule, base and hyperparameters come from the source). An axis that differs
-    and that nothing covers must be named in ``accept``; ``choose`` names what to do beside the rule
-    (`mupgpt.mutransfer.choices.CHOICES`).
+    ``source`` is what a sweep found (`best_hparams`), a run, or a preset's name, for its published
+    values. ``to`` is a preset's name or plain config data (its ``steps``, ``batch_size`` and
+    ``data`` are the target's recipe; rule, base and hyperparameters come from the source). An axis
+    that differs and that nothing covers must be named in ``accept``; ``choose`` names what to do
+    beside the rule (`mupgpt.mutransfer.choices.CHOICES`). Raises `ConfigError` for an axis that was
+    not accepted, and for a name that is no preset's.
 
-    >>> source = train_config({"model": "cerebras-gpt-40m"})
-    >>> plan = transfer(source, to="cerebras-gpt-13b")
+    >>> plan = transfer("cerebras-gpt-40m", to="cerebras-gpt-13b")
     >>> f"{plan.table.site('blocks.*.attn.q.weight').lr:.1e}"
     '3.0e-04'
     """
+    source = _published(source) if isinstance(source, str) else source
     tuned = source if isinstance(source, Tuned) else None
     config = source.config if isinstance(source, Tuned) else source
     rule = get_rule(config.rule)
@@ -195,6 +203,15 @@ def transfer(
         config=target, source=config, origin=_origin(tuned), axes=axes, changes=tuple(changes),
         choices=choices,
     )  # fmt: skip
+
+
+def _published(name: str) -> TrainConfig:
+    if name not in PRESETS:
+        raise ConfigError(
+            f"source = {name!r}: no preset of that name; the result of a sweep is taken as "
+            f"transfer(best_hparams({name!r}), …)"
+        )
+    return train_config({"model": name})
 
 
 def _origin(tuned: Tuned | None) -> dict[str, Any]:

@@ -21,6 +21,14 @@ def param_groups(
     from which `set_lr` derives ``lr`` every step. With a list of tables (one per member) all values
     are tuples. With ``merge=False`` each parameter has a group of its own. Raises `ConfigError`
     for the table of another shape.
+
+    >>> from mupgpt import Base, GPTConfig, HParams, parametrize
+    >>> shape = GPTConfig(n_layer=1, d_model=8, d_head=8, vocab_size=9, seq_len=4)
+    >>> table = parametrize(shape, Base.of(shape), HParams(), "mup")
+    >>> from mupgpt import GPT
+    >>> groups = param_groups(GPT(shape), table)
+    >>> sorted({group["weight_decay"] for group in groups})
+    [0.0, 0.1]
     """
     solo = isinstance(tables, ParamTable)
     columns = [tables] if isinstance(tables, ParamTable) else list(tables)

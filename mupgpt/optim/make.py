@@ -30,6 +30,13 @@ def make_optimizer(
     `MemberAdamW`, or `PerMember` where any of them takes another one. A sixteen-bit ``memory``
     (see `SCHEMES`) takes `LeanAdamW`, for one model and rules of AdamW alone; ``seed`` keys its
     rounding and ``backend`` compiles its update.
+
+    >>> from mupgpt import Base, GPTConfig, HParams, parametrize
+    >>> shape = GPTConfig(n_layer=1, d_model=8, d_head=8, vocab_size=9, seq_len=4)
+    >>> table = parametrize(shape, Base.of(shape), HParams(), "mup")
+    >>> from mupgpt import GPT
+    >>> type(make_optimizer(GPT(shape), table)).__name__
+    'AdamW'
     """
     members = getattr(model, "members", None)  # an adopted module has no such axis
     if not isinstance(members, int):

@@ -61,7 +61,18 @@ class Multiplier:
 
 @dataclass(frozen=True, kw_only=True)
 class ParamTable:
-    """A parametrization applied to one shape: plain data, and all that other code knows of µP."""
+    """A parametrization applied to one shape: plain data, and all that other code knows of µP.
+
+    `parametrize` makes it. A row has a parameter's role, shape, initial std, learning rate,
+    weight decay and ε; ``multipliers`` are the forward's, by point.
+
+    >>> from mupgpt.config.schema import Base, GPTConfig, HParams
+    >>> small, wide = (GPTConfig(n_layer=1, d_model=d, d_head=8, vocab_size=9, seq_len=8)
+    ...                for d in (8, 32))
+    >>> table = parametrize(wide, Base.of(small), HParams(lr=0.01), "mup")
+    >>> table.site("blocks.*.mlp.up.weight").lr, table.multipliers["readout"].value
+    (0.0025, 0.25)
+    """
 
     rule: str
     betas: tuple[float, float]

@@ -72,7 +72,7 @@ def _same(first: Path, a: Any, second: Path, b: Any, name: str) -> None:
 
 
 def read_curves(folders: Sequence[Path], begin: int = 0) -> list[LossCurve]:
-    """The held-out loss of each run behind step ``begin`` (0: behind three warm-ups).
+    """The held-out loss of each run after step ``begin`` (0: after three warm-ups).
 
     Raises ConfigError for runs that differ in more than schedule, steps and seed.
     """
@@ -89,7 +89,7 @@ def _curve(config: TrainConfig, records: list[dict[str, Any]], begin: int) -> Lo
     kept = [record for record in records if record[STEP] > (begin or SETTLING * warm)]
     if not kept:
         raise ConfigError(
-            f"begin = {begin or SETTLING * warm}: the run has no evaluation behind that step"
+            f"begin = {begin or SETTLING * warm}: the run has no evaluation after that step"
         )
     steps = np.array([record[STEP] - 1 for record in kept])  # counted from 0
     return LossCurve(lr=step_rates(config), steps=steps, loss=np.array([r[VAL_LOSS] for r in kept]))

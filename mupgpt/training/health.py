@@ -1,6 +1,6 @@
 """What each kind of parameter does at a step, and what the residual stream carries.
 
-All about parameters is read off the optimizer behind its step: weights, the gradients it was given,
+All about parameters is read off the optimizer after its step: weights, the gradients it was given,
 AdamW's moments, the group's rate. Nothing is copied beforehand, so it costs a few passes over the
 weights on the steps that ask for it, and no memory beside a slice.
 """
@@ -120,7 +120,7 @@ def _moved(
 def activations(model: GPT) -> Iterator[dict[str, float]]:
     """A dict that holds, on leaving, ``health/act/PROBE`` → RMS of all that has passed ``model``.
 
-    ``emb`` is the input of the first block, ``residual`` the stream behind the last one. Both are
+    ``emb`` is the input of the first block, ``residual`` the stream after the last one. Both are
     borders of blocks, which stay in place however a block is sharded, compiled or recomputed.
     """
     seen: dict[str, Tensor] = {}

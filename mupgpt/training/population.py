@@ -48,6 +48,14 @@ class Population:
     Each member's trajectory is the one it would have alone, at a clock of its own: the steps that
     it has taken. Members are named by numbers in the order of their coming, those of ``configs``
     first, and keep them. On a GPU a step is one CUDA graph.
+
+    >>> from mupgpt import load_corpus, train_config
+    >>> model = {"n_layer": 1, "d_model": 8, "d_head": 8, "vocab_size": 257, "seq_len": 16}
+    >>> raw = {"model": model, "steps": 2, "batch_size": 2, "data": {"source": "package:json"}}
+    >>> configs = [train_config({**raw, "hparams": {"lr": lr}}) for lr in (1e-3, 1e-2, 1e-1)]
+    >>> population = Population(configs, load_corpus(configs[0].data))
+    >>> population.train().shape, population.clocks
+    (torch.Size([3]), {0: 2, 1: 2, 2: 2})
     """
 
     def __init__(self, configs: Sequence[TrainConfig], corpus: Corpus) -> None:

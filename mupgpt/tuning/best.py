@@ -19,7 +19,7 @@ from mupgpt.tuning.curves import half_width
 from mupgpt.tuning.group_size import usual
 from mupgpt.tuning.spec import Cell, parse_spec
 from mupgpt.tuning.storage import quiet
-from mupgpt.tuning.study import finished, penalized
+from mupgpt.tuning.study import Sweep, finished, penalized
 from mupgpt.util.progress import Progress
 
 __all__ = ["best_hparams", "importances"]
@@ -29,16 +29,22 @@ LEAST = 20  # trials below which importances say nothing
 COST = 0.005  # relative loss at which a hyperparameter counts as badly set
 
 
-def best_hparams(study: optuna.Study, top: int = 3, seeds: int = 3) -> Tuned:
+def best_hparams(study: optuna.Study | str, top: int = 3, seeds: int = 3) -> Tuned:
     """The best trial of ``study`` after its ``top`` were trained again on ``seeds`` fresh seeds.
 
+    ``study`` is what `run_sweep` returned, or the name or folder of a sweep of one study.
     The winner of a sweep owes part of its lead to luck (the winner's curse); the fresh losses do
     not. With two seeds or more, so are the run as it stands, which says what was gained, and the
     winner with each of its searched values halved and doubled, which says how well they are known.
     All of it is kept in the study, so that asking again costs nothing. With ``seeds=0`` nothing is
     trained and the sweep's own losses stand, luck included: the way for imported runs whose text is
-    not here.
+    not here. Losses are nats per token. Raises `ConfigError` for a study without a finished trial.
+
+    >>> best_hparams("nowhere")
+    Traceback (most recent call last):
+    mupgpt.errors.ConfigError: no sweep 'nowhere' here; start it with: mupgpt sweep run nowhere
     """
+    study = _only_study(study) if isinstance(study, str) else study
     require(top >= 1, "top", top, "be >= 1")
     require(seeds >= 0, "seeds", seeds, "be >= 0 (0: the sweep's own losses stand)")
     attrs = study.user_attrs
@@ -69,6 +75,16 @@ def best_hparams(study: optuna.Study, top: int = 3, seeds: int = 3) -> Tuned:
         corpus=attrs["corpus"],
         confirmed=seeds > 0,
     )
+
+
+def _only_study(name: str) -> optuna.Study:
+    studies = Sweep.open(name).studies()
+    if len(studies) > 1:
+        raise ConfigError(
+            f"sweep {name!r} has {len(studies)} studies: give one of run_sweep({name!r}), "
+            f"by name: {', '.join(studies)}"
+        )
+    return next(iter(studies.values()))
 
 
 def importances(study: optuna.Study) -> dict[str, float]:

@@ -68,6 +68,14 @@ def import_sweep(
     its column, where that is neither the key nor an obvious alias. Losses are nats per token; one
     that is not finite is a diverged run. Raises ConfigError for a column that is missing or
     ambiguous, a row that no study of the spec could have had, and seeds that are not complete.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "runs.csv"
+    ...     _ = file.write_text("lr,output_mult,val_loss\\n1e-3,1,2.5\\n2e-3,1,2.4\\n")
+    ...     found = import_sweep(file, "smoke", storage=f"sqlite:///{folder}/study.db")
+    >>> found.rows, found.new
+    (2, 2)
     """
     spec, rows = load_spec(spec), read_rows(Path(file))
     table = Table(Path(file).name, rows, _match(rows, spec, columns or {}))

@@ -76,7 +76,12 @@ class Dimension:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Dimensions by dotted key of the config (``hparams.lr``)."""
+    """Dimensions by dotted key of the config (``hparams.lr``).
+
+    >>> space = SearchSpace({"hparams.lr": Dimension(low=1e-4, high=1e-1, log=True)})
+    >>> space(optuna.trial.FixedTrial({"hparams.lr": 0.01}))
+    {'hparams.lr': 0.01}
+    """
 
     dimensions: Mapping[str, Dimension]
 

@@ -76,7 +76,14 @@ DECIDING = decided(StudyConfig, "result")
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSpec:
-    """A sweep: one study for each combination of the values in ``structure``."""
+    """A sweep: one study for each combination of the values in ``structure``.
+
+    >>> spec = SweepSpec(name="mine", train={"model": "proxy-32"},
+    ...                  structure={"model.d_model": [32, 64]},
+    ...                  space={"hparams.lr": Dimension(low=1e-4, high=1e-1, log=True)})
+    >>> [cell.name for cell in spec.cells]
+    ['mine/model.d_model=32', 'mine/model.d_model=64']
+    """
 
     name: str
     """Name of its folder and prefix of its studies."""
