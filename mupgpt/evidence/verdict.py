@@ -155,7 +155,7 @@ def judge(
     """The verdict on curves by hyperparameter, rule and size.
 
     The rule under test is the first that is meant to transfer; ``tolerance`` is in octaves per
-    doubling. Raises `ConfigError` for an unknown axis, and where a rule has curves at one size only.
+    doubling. Raises `ConfigError` for an unknown axis, or where a rule has curves at one size only.
 
     >>> curve = Curve(np.arange(3.0), np.array([[2.1, 2.2], [2.0, 2.1], [2.1, 2.2]]))
     >>> judge({"hparams.lr": {"mup": {32: curve, 64: curve, 128: curve}}}, corpus={}).verdict
