@@ -14,7 +14,7 @@ from mupgpt.errors import require, unknown
 from mupgpt.presets import PRESETS
 from mupgpt.resolve import train_config
 
-__all__ = ["COMMANDS", "SWEEP", "source_of"]
+__all__ = ["COMMANDS", "SWEEP", "source_of", "study_of"]
 
 
 def sweep_run(
@@ -137,16 +137,22 @@ def source_of(study: str, cell: str | None, storage: str | None, seeds: int = 3)
     if study in PRESETS:
         return train_config({"model": study})
     from mupgpt.tuning.best import best_hparams
-    from mupgpt.tuning.study import Sweep
 
     one_thread()
-    studies = Sweep.open(stem(study), storage).studies()
+    return best_hparams(study_of(study, cell, storage), seeds=seeds)
+
+
+def study_of(name: str, cell: str | None, storage: str | None) -> Any:
+    """One study of a sweep: that of ``cell``, or the first, which is said where there are more."""
+    from mupgpt.tuning.study import Sweep
+
+    studies = Sweep.open(stem(name), storage).studies()
     if cell is not None and cell not in studies:
         raise unknown("study", cell, studies)
-    name = cell or next(iter(studies))
+    taken = cell or next(iter(studies))
     if cell is None and len(studies) > 1:
-        print(f"taking {name}; another one: --cell NAME", file=sys.stderr)
-    return best_hparams(studies[name], seeds=seeds)
+        print(f"taking {taken}; another one: --cell NAME", file=sys.stderr)
+    return studies[taken]
 
 
 def sweep_import(
