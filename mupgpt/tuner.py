@@ -1,13 +1,13 @@
 """The main job in one call: search on proxies, keep what holds as the width grows, transfer.
 
-A part of the target's FLOPs is the budget. Two independent searches of the target's own recipe run on
-a narrow proxy; the best of both, and some of the rest, are trained again at larger widths on fresh
-seeds. What wins there goes to the target. How far the two searches differ is how much chance decides;
-how far ranks change with width is the proxy's fidelity.
+A part of the target's FLOPs is the budget. Two independent searches of the target's own recipe run
+on a narrow proxy; the best of both, and some of the rest, are trained again at twice the width on
+fresh seeds. What wins there goes to the target. How far the two searches differ is how much chance
+decides; how far ranks change with width is the proxy's fidelity.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from mupgpt.evidence.fidelity import Fidelity
 from mupgpt.evidence.fidelity_runs import FidelityPlan, run_fidelity
 from mupgpt.mutransfer.transfer import TransferPlan, transfer
 from mupgpt.mutransfer.tuned import Tuned
+from mupgpt.parametrization.layout import count_params
 from mupgpt.planning.flops import run_flops
 from mupgpt.resolve import train_config
 from mupgpt.tuning.run import run_sweep
@@ -36,11 +37,19 @@ from mupgpt.util.text import show
 
 __all__ = ["TunePlan", "Tuning", "plan_tune", "tune"]
 
-SEARCH = 0.6  # of the budget; the rest trains again what was found, at larger widths
 LEAST, MOST = 40, 240  # trials of both searches together
-CONFIGS = (8, 16)  # that are trained again: at least and at most
-FRESH = (1000, 1001)
+CONFIGS = 8  # that are trained again
+FRESH = (1000, 1001)  # seeds of these runs: two where the budget has room for them
 RESTARTS = ("a", "b")
+SHORT = 100  # steps below which a run says nothing of a longer one
+GROUP = 4  # trials that train side by side: the sampler learns after each group
+MOVED = ("rule", "base", "hparams")  # what a transfer brings along
+SEARCHED = ("model", "base", "rule", "hparams", "schedule", "batch_size", "steps", "phases",
+            "grad_clip", "data", "precision")  # fmt: skip
+"""What a proxy's run takes over from the target's: all that decides its losses."""
+
+
+Seeds = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,38 +59,33 @@ class TunePlan:
     name: str
     target: TrainConfig
     """The target as it stands: its shape, recipe, rule and base."""
-    budget: float
-    """Share of the target's training FLOPs."""
-    widths: tuple[int, ...]
-    """The proxy's, then those at which its best are trained again."""
+    proxy: TrainConfig
+    """What the searches vary."""
+    wider: int
+    """The width at which their best are trained again."""
     trials: int
     """Of each of the two searches."""
-    configs: int
-    """That are trained again."""
+    seeds: Seeds
+    """Fresh ones, for what is trained again."""
     space: Mapping[str, Dimension]
-
-    def cost(self, width: int) -> float:
-        """One run at ``width`` as a share of the target's."""
-        return _cost(self.target, width)
 
     @property
     def share(self) -> float:
         """Of the target's FLOPs that all runs together take."""
-        search = len(RESTARTS) * self.trials * self.cost(self.widths[0])
-        again = sum(self.configs * len(FRESH) * self.cost(w) for w in self.widths)
-        return search + again
+        search = len(RESTARTS) * self.trials * _share(self.proxy, self.target)
+        return search + _again(self.proxy, self.wider, self.target, len(self.seeds))
 
     @cached_property
     def specs(self) -> tuple[SweepSpec, ...]:
         """The two searches: alike but for the seed of their sampler."""
-        proxy = replace(self.target, model=self.target.model.widen(self.widths[0]))
-        train = {k: v for k, v in to_dict(proxy).items() if k in SEARCHED}
+        train = {k: v for k, v in to_dict(self.proxy).items() if k in SEARCHED}
         space = {key: to_dict(d) for key, d in self.space.items()}
+        study = {"trials": self.trials, "columns": GROUP}
         return tuple(
             parse_spec(
                 {
                     "name": f"{self.name}-{label}",
-                    "study": {"trials": self.trials, "sampler_seed": i, "columns": GROUP},
+                    "study": {**study, "sampler_seed": i},
                     "train": train,
                     "space": space,
                 },
@@ -91,24 +95,15 @@ class TunePlan:
         )
 
     def __str__(self) -> str:
-        wider = ", ".join(show(w) for w in self.widths[1:])
+        width = self.proxy.model.d_model
+        short = self.target.steps / self.proxy.steps
+        cut = f" of {show(self.proxy.steps)} steps (1/{short:.3g})" if short > 1 else ""
         return (
-            f"{self.name}: {len(RESTARTS)} searches of {self.trials} trials at width "
-            f"{show(self.widths[0])}, then {self.configs} configurations on {len(FRESH)} fresh "
-            f"seeds at width {wider}, for a target of width {show(self.target.model.d_model)}: "
-            f"{100 * self.share:.3g} % of its FLOPs"
+            f"{self.name}: {len(RESTARTS)} searches of {self.trials} trials at width {show(width)}"
+            f"{cut}, then {CONFIGS} configurations at width {show(self.wider)} "
+            f"({len(self.seeds)} fresh seeds), for a target of width "
+            f"{show(self.target.model.d_model)}: {100 * self.share:.3g} % of its FLOPs"
         )
-
-
-SEARCHED = ("model", "base", "rule", "hparams", "schedule", "batch_size", "steps", "phases",
-            "grad_clip", "data", "precision")  # fmt: skip
-"""What a proxy's run takes over from the target's: all that decides its losses."""
-GROUP = 4  # trials that train side by side: the sampler learns after each group
-
-
-def _cost(target: TrainConfig, width: int) -> float:
-    run = replace(target, model=target.model.widen(width))
-    return run_flops(run, run.steps) / run_flops(target, target.steps)
 
 
 def plan_tune(
@@ -120,37 +115,46 @@ def plan_tune(
 ) -> TunePlan:
     """What `tune` will do for the target ``to`` within ``budget``, a share of its training FLOPs.
 
-    Proxies are the target at smaller widths: depth, context, batch, steps and text are its own, so
-    that width is all that a transfer has to cover. The proxy is the widest one (the target's width
-    halved again and again) at which 60 % of the budget pays for 40 trials. Raises ConfigError where
-    the budget pays for none.
+    A proxy is the target at a smaller width: depth, context, batch and text are its own. It is the
+    widest one for which the budget pays for two searches of 20 trials, and for training 8 of them
+    again at twice its width. Where no width is narrow enough for that, proxies also get fewer
+    steps, down to as many tokens per parameter as the target's: an axis that is no rule's, and that
+    the transfer then names. Raises ConfigError where the budget does not pay for that either.
     """
     require(budget > 0, "budget", budget, "be > 0 (a share of the target's training FLOPs)")
     target = to if isinstance(to, TrainConfig) else train_config(_raw(to))
-    widths = _halved(target)
-    affordable = [w for w in widths if SEARCH * budget / _cost(target, w) >= LEAST]
-    if not affordable:
-        need = LEAST * _cost(target, widths[-1]) / SEARCH
-        raise ConfigError(
-            f"budget = {budget}: {LEAST} trials at width {widths[-1]}, the narrowest of "
-            f"{target.model.d_model} with whole heads, take {need:.3g} of the target's FLOPs; allow "
-            "that much, or give the target narrower heads (model.d_head)"
-        )
-    proxy = affordable[0]
-    trials = min(MOST, int(SEARCH * budget / _cost(target, proxy)))
-    base = Base.of(target.model.widen(proxy)) if target.base == Base.of(target.model) else None
-    target = replace(target, base=base) if base else target
-    wider = [w for w in reversed(widths) if w > proxy] or [target.model.d_model]
-    left = budget - trials * _cost(target, proxy)
-    each = len(FRESH) * (_cost(target, proxy) + _cost(target, wider[0]))
+    proxy, wider, trials, seeds = _affordable(target, budget)
+    if target.base == Base.of(target.model):  # nobody said where its values hold: at the proxy
+        base = Base.of(proxy.model)
+        target, proxy = replace(target, base=base), replace(proxy, base=base)
     return TunePlan(
-        name=name or f"tune-{_label(to)}",
+        name=name or f"tune-{to if isinstance(to, str) else f'd{target.model.d_model}'}",
         target=target,
-        budget=budget,
-        widths=(proxy, wider[0]),
+        proxy=proxy,
+        wider=wider,
         trials=trials // len(RESTARTS),
-        configs=int(np.clip(left / each, *CONFIGS)),
+        seeds=seeds,
         space=space or balanced_space(target.base),
+    )
+
+
+def _affordable(target: TrainConfig, budget: float) -> tuple[TrainConfig, int, int, Seeds]:
+    """The best proxy for the budget, the width above it, trials of both searches, fresh seeds."""
+    widths = _narrower(target)
+    short = (_shorter(target, w) for w in widths)
+    proxies = [*(_at(target, w) for w in widths), *(run for run in short if run.steps >= SHORT)]
+    for proxy in proxies:
+        wider = min(w for w in (target.model.d_model, *widths) if w > proxy.model.d_model)
+        for seeds in (FRESH, FRESH[:1]):
+            left = budget - _again(proxy, wider, target, len(seeds))
+            trials = int(left / _share(proxy, target))
+            if trials >= LEAST:
+                return proxy, wider, min(trials, MOST), seeds
+    cheapest = min(proxies, key=lambda run: _share(run, target))
+    need = LEAST * _share(cheapest, target)
+    raise ConfigError(
+        f"budget = {budget}: {LEAST} trials of the cheapest proxy, width {cheapest.model.d_model}, "
+        f"take {need:.2g} of the target's FLOPs, and what follows them as much again; allow more"
     )
 
 
@@ -158,30 +162,49 @@ def _raw(to: str | Mapping[str, Any]) -> Mapping[str, Any]:
     return {"model": to} if isinstance(to, str) else to
 
 
-def _label(to: str | Mapping[str, Any] | TrainConfig) -> str:
-    return to if isinstance(to, str) else "target"
-
-
-def _halved(target: TrainConfig) -> list[int]:
-    """The target's width halved as long as heads stay whole, widest first."""
-    widths, model = [], target.model
-    width = model.d_model // 2
-    while width * 2 <= model.d_model and width and not _odd(target, width):
-        widths.append(width)
-        width //= 2
+def _narrower(target: TrainConfig) -> list[int]:
+    """Widths below the target's with whole heads and the target's shape, widest first, each at most
+    half of the one before."""
+    model = target.model
+    parts = (model.n_head, model.n_kv_head)
+    widths: list[int] = []
+    for width in range(model.d_model // 2, 0, -1):
+        whole = all((part * width) % model.d_model == 0 for part in parts)
+        if whole and 2 * width <= (widths or [model.d_model])[-1]:
+            widths.append(width)
     if not widths:
         raise ConfigError(
-            f"model.d_model = {model.d_model}: half of it has no whole heads of "
-            f"model.d_head = {model.d_head}; tune a target whose width is an even number of heads"
+            f"model.d_model = {model.d_model}: no smaller width has whole heads of the target's "
+            f"shape (n_head = {model.n_head}, n_kv_head = {model.n_kv_head}); tune another target"
         )
     return widths
 
 
-def _odd(target: TrainConfig, width: int) -> bool:
-    """Whether a model of that width would not be the target's shape at a smaller size."""
-    model = target.model
-    parts = (model.n_head, model.n_kv_head, model.d_ffn)
-    return any((part * width) % model.d_model for part in parts)
+def _at(run: TrainConfig, width: int) -> TrainConfig:
+    return replace(run, model=run.model.widen(width))
+
+
+def _shorter(target: TrainConfig, width: int) -> TrainConfig:
+    """The target at that width, with as many steps as keep its tokens per parameter."""
+    run = _at(target, width)
+    factor = count_params(run.model) / count_params(target.model)
+    phases = tuple(replace(p, steps=max(1, round(p.steps * factor))) for p in run.phases)
+    steps = sum(p.steps for p in phases) or max(1, round(run.steps * factor))
+    s = run.schedule
+    warmup = s.warmup_tokens / target.tokens if s.warmup_tokens else s.warmup
+    schedule = replace(s, warmup=warmup, warmup_tokens=0)
+    return replace(run, steps=steps, phases=phases, schedule=schedule)
+
+
+def _share(run: TrainConfig, target: TrainConfig) -> float:
+    """FLOPs of a run over the target's."""
+    return run_flops(run, run.steps) / run_flops(target, target.steps)
+
+
+def _again(proxy: TrainConfig, wider: int, target: TrainConfig, seeds: int) -> float:
+    """What training the chosen again takes of the target's FLOPs."""
+    runs = (proxy, _at(proxy, wider))
+    return CONFIGS * seeds * sum(_share(run, target) for run in runs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,10 +218,10 @@ class Tuning:
     """Relative difference of the two searches' own winners at the largest width: what another
     search of the same budget might have cost or gained."""
 
-    @property
-    def transfer(self) -> TransferPlan:
-        """The target's config with the values found, and how it came about."""
-        return transfer(self.tuned, to_dict(self.plan.target))
+    def transfer_to(self, accept: Iterable[str] = ()) -> TransferPlan:
+        """The target's config with the values found, and how it came about (as `transfer`)."""
+        target = {k: v for k, v in to_dict(self.plan.target).items() if k not in MOVED}
+        return transfer(self.tuned, target, accept)
 
     @property
     def warnings(self) -> list[str]:
@@ -207,7 +230,7 @@ class Tuning:
         if self.chance > 0.01:
             notes.append(
                 f"the two searches differ by {100 * self.chance:.1f} % at width "
-                f"{self.plan.widths[-1]}: they have not converged; a larger budget would help"
+                f"{self.plan.wider}: they have not converged; a larger budget would help"
             )
         return notes
 
@@ -215,7 +238,8 @@ class Tuning:
         """Plain data."""
         return {
             "target": to_dict(self.plan.target),
-            "widths": list(self.plan.widths),
+            "proxy": to_dict(self.plan.proxy),
+            "wider": self.plan.wider,
             "trials": len(RESTARTS) * self.plan.trials,
             "spent": self.plan.share,
             "chance": self.chance,
@@ -231,7 +255,7 @@ class Tuning:
             "",
             str(self.fidelity).split("\nwarning")[0],
             f"{spent}the two searches' winners differ by {100 * self.chance:.2f} % at width "
-            f"{self.plan.widths[-1]}",
+            f"{self.plan.wider}",
         ]
         return "\n".join(lines + [f"warning: {note}" for note in self.warnings])
 
@@ -250,21 +274,21 @@ def tune(
     ``runs/``: the same call goes on after an interrupt, and on any number of workers.
 
     >>> plan = plan_tune("proxy-256", budget=2.0)
-    >>> plan.widths, 2 * plan.trials, plan.share <= 2.0
-    ((32, 64), 59, True)
+    >>> plan.proxy.model.d_model, plan.wider, 2 * plan.trials, plan.share <= 2.0
+    (32, 64, 40, True)
     """
     plan = to if isinstance(to, TunePlan) else plan_tune(to, budget)
     studies = [run_sweep(spec, workers=workers, storage=storage) for spec in plan.specs]
     tops = [finished(study) for study in studies if isinstance(study, optuna.Study)]
-    taken = _taken(tops, plan.configs)
+    taken = _taken(tops)
     cell = plan.specs[0].cells[0]
     again = FidelityPlan(
         cell=cell,
         target=plan.target,
         params=tuple(t.params for _, t in taken),
         swept=tuple(t.value or math.nan for _, t in taken),
-        widths=plan.widths,
-        seeds=FRESH,
+        widths=(plan.proxy.model.d_model, plan.wider),
+        seeds=plan.seeds,
     )
     found = run_fidelity(again, Path("runs") / "fidelity" / plan.name)
     at_end = found.means[-1]
@@ -279,22 +303,22 @@ def tune(
     )
 
 
-def _taken(tops: list[list[FrozenTrial]], count: int) -> list[tuple[int, FrozenTrial]]:
+def _taken(tops: list[list[FrozenTrial]]) -> list[tuple[int, FrozenTrial]]:
     """Which trials are trained again: (search, trial), the best of all first.
 
-    Half of them are the best of both searches in turn, the rest are spread evenly over what is left.
+    Half of them are the best of both searches, the rest are spread evenly over what is left.
     """
-    best = [(i, t) for t_i in zip(*(top[: count // 4] for top in tops), strict=False)
+    best = [(i, t) for t_i in zip(*(top[: CONFIGS // 4] for top in tops), strict=False)
             for i, t in enumerate(t_i)]  # fmt: skip
     left = sorted(
-        ((i, t) for i, top in enumerate(tops) for t in top[count // 4 :]),
+        ((i, t) for i, top in enumerate(tops) for t in top[CONFIGS // 4 :]),
         key=lambda pair: pair[1].value or math.inf,
     )
-    rest = count - len(best)
+    rest = CONFIGS - len(best)
     if len(left) < rest or len(best) < 2:
         raise ConfigError(
             f"the searches have {sum(map(len, tops))} finished trials that did not diverge, and "
-            f"{count} are to be trained again; lower the learning rates of the space"
+            f"{CONFIGS} are to be trained again; lower the learning rates of the space"
         )
     spread = [left[round(j)] for j in np.linspace(0, len(left) - 1, rest)]
     return sorted([*best, *spread], key=lambda pair: pair[1].value or math.inf)
@@ -308,7 +332,7 @@ def _tuned(plan: TunePlan, search: int, trial: FrozenTrial, losses: np.ndarray) 
         study=spec.name,
         trial=trial.number,
         loss=float(losses.mean()),
-        spread=float(losses.std(ddof=1)),
+        spread=float(losses.std(ddof=1)) if len(losses) > 1 else 0.0,
         swept_loss=trial.value or math.nan,
         edges={k: e for k, d in plan.space.items() if (e := d.at_edge(trial.params[k]))},
         corpus=load_corpus(config.data).fingerprint,

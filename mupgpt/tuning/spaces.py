@@ -1,9 +1,8 @@
 """A space that can be searched: what a joint sweep looks at when nobody says otherwise.
 
-The start of a hidden matrix is given in units of 1/√fan_in at the base, where activations keep their
-size: from half to twice of it. Far smaller starts are the trap of narrow proxies: they look as good
-there, but all units of a layer then learn the same few directions, and width buys nothing
-(sweeps/README.md has the measurement). Rates, multipliers and the logits' scale keep wide ranges.
+The start of a hidden matrix is given in units of 1/√fan_in at the base, where activations keep
+their size: from half to twice of it. Rates, multipliers and the logits' scale keep wide ranges.
+sweeps/README.md has what was measured.
 """
 
 import math
