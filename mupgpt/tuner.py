@@ -68,6 +68,8 @@ class TunePlan:
     seeds: Seeds
     """Fresh ones, for what is trained again."""
     space: Mapping[str, Dimension]
+    sampler_seed: int
+    """Of the first search; the second's is the next."""
 
     @property
     def share(self) -> float:
@@ -85,7 +87,7 @@ class TunePlan:
             parse_spec(
                 {
                     "name": f"{self.name}-{label}",
-                    "study": {**study, "sampler_seed": i},
+                    "study": {**study, "sampler_seed": self.sampler_seed + i},
                     "train": train,
                     "space": space,
                 },
@@ -112,6 +114,7 @@ def plan_tune(
     *,
     name: str = "",
     space: Mapping[str, Dimension] | None = None,
+    sampler_seed: int = 0,
 ) -> TunePlan:
     """What `tune` will do for the target ``to`` within ``budget``, a share of its training FLOPs.
 
@@ -135,6 +138,7 @@ def plan_tune(
         trials=trials // len(RESTARTS),
         seeds=seeds,
         space=space or balanced_space(target.base),
+        sampler_seed=sampler_seed,
     )
 
 
