@@ -38,7 +38,7 @@ from mupgpt.util.text import show
 __all__ = ["TunePlan", "Tuning", "plan_tune", "tune"]
 
 LEAST, MOST = 40, 240  # trials of both searches together
-CONFIGS = 8  # that are trained again
+CONFIGS = 12  # that are trained again
 FRESH = (1000, 1001)  # seeds of these runs: two where the budget has room for them
 RESTARTS = ("a", "b")
 SHORT = 100  # steps below which a run says nothing of a longer one
@@ -82,7 +82,7 @@ class TunePlan:
         """The two searches: alike but for the seed of their sampler."""
         train = {k: v for k, v in to_dict(self.proxy).items() if k in SEARCHED}
         space = {key: to_dict(d) for key, d in self.space.items()}
-        study = {"trials": self.trials, "columns": GROUP}
+        study = {"sampler": "gp", "trials": self.trials, "columns": GROUP}
         return tuple(
             parse_spec(
                 {
@@ -119,7 +119,7 @@ def plan_tune(
     """What `tune` will do for the target ``to`` within ``budget``, a share of its training FLOPs.
 
     A proxy is the target at a smaller width: depth, context, batch and text are its own. It is the
-    widest one for which the budget pays for two searches of 20 trials, and for training 8 of them
+    widest one for which the budget pays for two searches of 20 trials, and for training 12 of them
     again at twice its width. Where no width is narrow enough for that, proxies also get fewer
     steps, down to as many tokens per parameter as the target's: an axis that is no rule's, and that
     the transfer then names. Raises ConfigError where the budget does not pay for that either.
@@ -206,9 +206,8 @@ def _share(run: TrainConfig, target: TrainConfig) -> float:
 
 
 def _again(proxy: TrainConfig, wider: int, target: TrainConfig, seeds: int) -> float:
-    """What training the chosen again takes of the target's FLOPs."""
-    runs = (proxy, _at(proxy, wider))
-    return CONFIGS * seeds * sum(_share(run, target) for run in runs)
+    """What training the chosen again, wider, takes of the target's FLOPs."""
+    return CONFIGS * seeds * _share(_at(proxy, wider), target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +293,7 @@ def tune(
         widths=(plan.proxy.model.d_model, plan.wider),
         seeds=plan.seeds,
     )
-    found = run_fidelity(again, Path("runs") / "fidelity" / plan.name)
+    found = run_fidelity(again, Path("runs") / "fidelity" / plan.name, proxy_again=False)
     at_end = found.means[-1]
     winner = int(at_end.argmin())
     own = [min(m for (k, _), m in zip(taken, at_end, strict=True) if k == i) for i in range(2)]
@@ -310,22 +309,24 @@ def tune(
 def _taken(tops: list[list[FrozenTrial]]) -> list[tuple[int, FrozenTrial]]:
     """Which trials are trained again: (search, trial), the best of all first.
 
-    Half of them are the best of both searches, the rest are spread evenly over what is left.
+    Two thirds of them are the best of both searches, the rest are spread evenly over what is left:
+    what is third or tenth at the proxy is often the best above it.
     """
-    best = [(i, t) for t_i in zip(*(top[: CONFIGS // 4] for top in tops), strict=False)
-            for i, t in enumerate(t_i)]  # fmt: skip
-    left = sorted(
-        ((i, t) for i, top in enumerate(tops) for t in top[CONFIGS // 4 :]),
-        key=lambda pair: pair[1].value or math.inf,
-    )
+    each = CONFIGS // 3
+    best = [(i, t) for i, top in enumerate(tops) for t in top[:each]]
+    left = _by_loss((i, t) for i, top in enumerate(tops) for t in top[each:])
     rest = CONFIGS - len(best)
-    if len(left) < rest or len(best) < 2:
+    if len(left) < rest:
         raise ConfigError(
             f"the searches have {sum(map(len, tops))} finished trials that did not diverge, and "
             f"{CONFIGS} are to be trained again; lower the learning rates of the space"
         )
     spread = [left[round(j)] for j in np.linspace(0, len(left) - 1, rest)]
-    return sorted([*best, *spread], key=lambda pair: pair[1].value or math.inf)
+    return _by_loss([*best, *spread])
+
+
+def _by_loss(trials: Iterable[tuple[int, FrozenTrial]]) -> list[tuple[int, FrozenTrial]]:
+    return sorted(trials, key=lambda pair: pair[1].value or math.inf)
 
 
 def _tuned(plan: TunePlan, search: int, trial: FrozenTrial, losses: np.ndarray) -> Tuned:

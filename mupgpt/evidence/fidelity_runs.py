@@ -159,16 +159,19 @@ def _stratified(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
     return [unique[i] for i in places]
 
 
-def run_fidelity(plan: FidelityPlan, folder: Path | str) -> Fidelity:
+def run_fidelity(plan: FidelityPlan, folder: Path | str, proxy_again: bool = True) -> Fidelity:
     """Train what ``folder`` lacks of the plan's runs, and judge them.
 
     Each width is a file, written group by group: the same call goes on after an interrupt, which
-    raises KeyboardInterrupt between two steps.
+    raises KeyboardInterrupt between two steps. Without ``proxy_again`` the proxy's own width is not
+    trained again: its losses are those that the sweep saw, luck included.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     corpus = load_corpus(plan.cell.config().data)
-    costs = [_cost(plan.cell, width) for width in plan.widths]
+    swept = np.array(plan.swept)
+    widths = plan.widths if proxy_again else plan.widths[1:]
+    costs = [_cost(plan.cell, width) for width in widths]
     with stop_flag() as stop, Progress(f"fidelity {plan.cell.name}") as progress:
 
         def tell(place: int, part: float) -> None:
@@ -177,18 +180,17 @@ def run_fidelity(plan: FidelityPlan, folder: Path | str) -> Fidelity:
             if stop.is_set():
                 raise KeyboardInterrupt
 
-        losses = [
+        trained = [
             _width(folder / f"w{width}.json", plan.configs(width), corpus, partial(tell, place))
-            for place, width in enumerate(plan.widths)
+            for place, width in enumerate(widths)
         ]
-    shape = (len(plan.widths), len(plan.params), len(plan.seeds))
-    return judge_fidelity(
-        plan.cell.name,
-        plan.widths,
-        plan.target.model.d_model,
-        plan.params,
-        (np.array(plan.swept), np.array(losses).reshape(shape)),
-    )
+    shape = (len(plan.params), len(plan.seeds))
+    losses = [np.array(losses).reshape(shape) for losses in trained]
+    if not proxy_again:
+        losses.insert(0, np.repeat(swept[:, None], shape[1], axis=1))
+    target = plan.target.model.d_model
+    pair = (swept, np.array(losses))
+    return judge_fidelity(plan.cell.name, plan.widths, target, plan.params, pair)
 
 
 def _width(

@@ -12,11 +12,11 @@ from mupgpt.tuning.space import Dimension
 
 __all__ = ["balanced_space"]
 
-LR = (5e-4, 2e-2)
+LR = (5e-4, 5e-2)
 STD = (0.5, 2.0)  # × 1/√d_model of the base
 EMB_MULT = (0.2, 30.0)
 OUTPUT_MULT = (0.2, 16.0)
-LR_MULT_HIDDEN = (0.5, 32.0)
+LR_MULT_HIDDEN = (0.25, 32.0)
 
 
 def balanced_space(base: Base) -> dict[str, Dimension]:
