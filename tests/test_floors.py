@@ -16,7 +16,7 @@ FLOORS = (
     "errors util config parametrization scaling planning presets resolve mutransfer",
     "model optim data distributed checkpoint interop",
     "training trainer runs",
-    "tuning evidence",
+    "tuning evidence tuner",
     "report cli __init__ __main__",
 )
 """Rooms (a folder or a module of the package), from the ground up."""

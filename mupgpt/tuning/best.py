@@ -22,7 +22,7 @@ from mupgpt.tuning.storage import quiet
 from mupgpt.tuning.study import Sweep, finished, penalized
 from mupgpt.util.progress import Progress
 
-__all__ = ["best_hparams", "importances"]
+__all__ = ["FRESH_SEED", "best_hparams", "importances"]
 
 FRESH_SEED = 1000  # seeds of a confirmation: never those of a sweep
 LEAST = 20  # trials below which importances say nothing
