@@ -1,4 +1,4 @@
-"""Eight learning rates as one model: a trial is a column, and columns do not mix."""
+"""Eight learning rates as one model: a trial is a member, and members do not mix."""
 
 import sys
 

@@ -52,14 +52,16 @@ def block(readme, heading, kind):
     return re.search(rf"```{kind}\n(.*?)```", below, re.S).group(1)
 
 
-def test_the_readmes_first_block_runs_up_to_the_table(readme, tmp_path):
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_readmes_python_runs_up_to_the_table_and_to_its_end(readme, tmp_path, whole):
     code = block(readme, "## From Python", "python")
-    code = code[: code.index("mg.Trainer")]
+    code = code if whole else code[: code.index("mg.Trainer")]
     assert "print(plan.table)" in code
     (tmp_path / "readme.py").write_text(code)
     done = subprocess.run(
         [sys.executable, "readme.py"], capture_output=True, text=True, cwd=tmp_path
     )
+    assert (tmp_path / "runs/from-smoke/metrics.jsonl").is_file() == whole
     assert done.returncode == 0, done.stderr
     assert "blocks.*.mlp.down.weight" in done.stdout
 
