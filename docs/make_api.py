@@ -66,8 +66,7 @@ def members(node: ast.ClassDef) -> Iterator[str]:
     lines = []
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and not name_of(item).startswith("_"):
-            value = f" = {ast.unparse(item.value)}" if item.value else ""
-            field = f"{name_of(item)}: {ast.unparse(item.annotation)}{value}"
+            field = f"{name_of(item)}: {ast.unparse(item.annotation)}{default(item.value)}"
             said = " ".join(after(node.body, name_of(item)).split())
             lines.append(f"- `{field}`" + (f": {said}" if said else ""))
         if isinstance(item, ast.FunctionDef) and public(item):
@@ -75,6 +74,15 @@ def members(node: ast.ClassDef) -> Iterator[str]:
             lines.append(f"- `{signature(item)}`: {said}")
     if lines:
         yield "\n".join(lines) + "\n"
+
+
+def default(value: ast.expr | None) -> str:
+    """`` = `` and a field's default; of ``field(…)`` no more than that."""
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in value.keywords}
+        made = f" = {given['default_factory']}()" if "default_factory" in given else ""
+        return f" = {given['default']}" if "default" in given else made
+    return f" = {ast.unparse(value)}" if value else ""
 
 
 def public(node: ast.FunctionDef) -> bool:

@@ -54,7 +54,12 @@ Seeds = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class TunePlan:
-    """What a call of `tune` will train, before it does."""
+    """What a call of `tune` will train, before it does; `plan_tune` makes it.
+
+    >>> plan = plan_tune("proxy-256", budget=4.0)
+    >>> 0 < plan.share <= 4.0
+    True
+    """
 
     name: str
     target: TrainConfig
@@ -123,6 +128,10 @@ def plan_tune(
     again at twice its width. Where no width is narrow enough for that, proxies also get fewer
     steps, down to as many tokens per parameter as the target's: an axis that is no rule's, and that
     the transfer then names. Raises ConfigError where the budget does not pay for that either.
+
+    >>> plan = plan_tune("proxy-256", budget=4.0)
+    >>> plan.proxy.model.d_model < plan.wider < plan.target.model.d_model
+    True
     """
     require(budget > 0, "budget", budget, "be > 0 (a share of the target's training FLOPs)")
     target = to if isinstance(to, TrainConfig) else train_config(_raw(to))
@@ -212,7 +221,15 @@ def _again(proxy: TrainConfig, wider: int, target: TrainConfig, seeds: int) -> f
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What a call of `tune` found."""
+    """What a call of `tune` found; it is what `tune` returns.
+
+    >>> plan = plan_tune("proxy-256", budget=4.0)
+    >>> tuned = Tuned(config=plan.proxy, study="mine", trial=7, loss=2.3, spread=0.01,
+    ...               swept_loss=2.29, edges={}, corpus={})
+    >>> found = Tuning(plan=plan, tuned=tuned, fidelity=None, chance=0.001)
+    >>> found.transfer_to().config.model.d_model
+    256
+    """
 
     plan: TunePlan
     tuned: Tuned

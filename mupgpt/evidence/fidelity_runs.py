@@ -94,6 +94,10 @@ def plan_fidelity(
     the proxy's, doubled as long as all runs take at most ``share`` of the target's training FLOPs,
     and end with the target's. Runs keep the proxy's depth, batch and steps: it is the width over
     which ranks are compared. Raises ConfigError where no width above the proxy's is affordable.
+
+    >>> plan_fidelity(optuna.create_study(), "proxy-256")
+    Traceback (most recent call last):
+    mupgpt.errors.ConfigError: study 'no-name-...' was not made by mupgpt: it carries no spec
     """
     require(share > 0, "share", share, "be > 0")
     require(seeds >= 1, "seeds", seeds, "be >= 1")
@@ -166,6 +170,23 @@ def run_fidelity(plan: FidelityPlan, folder: Path | str, proxy_again: bool = Tru
     Each width is a file, written group by group: the same call goes on after an interrupt, which
     raises KeyboardInterrupt between two steps. Without ``proxy_again`` the proxy's own width is not
     trained again: its losses are those that the sweep saw, luck included.
+
+    >>> import tempfile
+    >>> from mupgpt import SweepSpec, run_sweep
+    >>> from mupgpt.tuning.space import Dimension
+    >>> from mupgpt.tuning.spec import StudyConfig
+    >>> model = {"n_layer": 1, "d_model": 8, "d_head": 8, "vocab_size": 257, "seq_len": 16}
+    >>> train = {"model": model, "steps": 2, "batch_size": 2,
+    ...          "data": {"source": "package:json", "eval_tokens": 64}}
+    >>> spec = SweepSpec(name="mine", train=train, study=StudyConfig(trials=6, seeds=(0,)),
+    ...                  space={"hparams.lr": Dimension(low=1e-3, high=1e-1, log=True)})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     study = run_sweep(spec, workers=1, storage=f"sqlite:///{folder}/study.db")
+    ...     wide = {**train, "model": {**model, "d_model": 32}}
+    ...     plan = plan_fidelity(study, wide, widths=[16], configs=6)
+    ...     found = run_fidelity(plan, folder)
+    >>> found.losses.shape
+    (2, 6, 2)
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
