@@ -77,6 +77,7 @@ from mupgpt.training.step import token_losses, train_step
 from mupgpt.training.watch import Watch
 from mupgpt.util.progress import Progress
 from mupgpt.util.stopping import STOPPED, stop_flag
+from mupgpt.util.text import label
 
 __all__ = ["Trainer"]
 
@@ -375,11 +376,11 @@ def main() -> None:
         print("usage: python -m mupgpt.trainer CONFIG [FOLDER]", file=sys.stderr)
         sys.exit(2)
     settle_cpu()
-    name = Path(sys.argv[1])
+    name = sys.argv[1]
     try:
         join_group()
         config = train_config(load_toml(name))
-        result = Trainer(config, sys.argv[2] if len(sys.argv) > 2 else f"runs/{name.stem}").fit()
+        result = Trainer(config, sys.argv[2] if len(sys.argv) > 2 else f"runs/{label(name)}").fit()
     except (ConfigError, OSError) as error:
         say(f"error: {error}")
         sys.exit(2)

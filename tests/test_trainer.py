@@ -13,7 +13,8 @@ import torch
 
 import mupgpt.trainer as trainer_module
 from mupgpt.checkpoint.verify import load_newest
-from mupgpt.errors import ConfigError, Diverged, Interrupted
+from mupgpt.cli import guarded, run
+from mupgpt.errors import CheckpointError, ConfigError, Crashed, Diverged, Interrupted
 from mupgpt.resolve import overlay, train_config
 from mupgpt.runs.generate import decode, encode_prompt, load_run, sample
 from mupgpt.trainer import Trainer
@@ -233,6 +234,59 @@ def test_the_light_door_makes_no_tracebacks(tmp_path, monkeypatch, capsys, argv,
         trainer_module.main()
     assert said in capsys.readouterr().err
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("argv", [["--", "x"], ["--hparams.lr", "3e-3", "proxy-32"]])
+def test_the_config_comes_before_the_flags(argv, capsys):
+    assert run(["train", *argv]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: config = {argv[0]!r}: must be a preset's name or a config file")
+    assert said.count("\n") == 1 and "mupgpt train CONFIG" in said
+
+
+@pytest.mark.parametrize(
+    ("config", "folder"),
+    [("cerebras-gpt-1.3b", "cerebras-gpt-1.3b"), ("below/big-1.3b.toml", "big-1.3b")],
+)
+def test_a_dot_belongs_to_the_name(config, folder, tmp_path, monkeypatch):
+    """By every door: `Path.stem` would train 1.3b and 1.7b in one folder."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "big-1.3b.toml").write_text('model = "proxy-32"')
+    seen = []
+    monkeypatch.setattr(trainer_module, "Trainer", lambda _, where: seen.append(str(where)) or STUB)
+    assert run(["train", config]) == 0
+    if config.endswith(".toml"):
+        monkeypatch.setattr("mupgpt.runs.launch.supervise", lambda _, f, *__: seen.append(str(f)))
+        assert run(["launch", config]) == 0
+        monkeypatch.setattr(sys, "argv", ["trainer", config])
+        trainer_module.main()
+    assert set(seen) == {f"runs/{folder}"} and len(seen) in (1, 3)
+
+
+class STUB:
+    """In the place of a Trainer that has nothing to do."""
+
+    fit = staticmethod(dict)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError, 2), (OSError, 2), (CheckpointError, 1), (Crashed, 1), (Diverged, 1)],
+)
+def test_a_known_failure_is_one_line_and_a_code(error, code, capsys):
+    class Finer(error):
+        """A failure is told by its class, whatever a subclass is called."""
+
+    def command():
+        raise Finer("what went wrong")
+
+    assert guarded(command) == code
+    assert capsys.readouterr().err == "error: what went wrong\n"
+
+
+def test_an_unknown_failure_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="of our own"):
+        guarded(lambda: (_ for _ in ()).throw(RuntimeError("of our own")))
 
 
 def test_metrics_survive_a_torn_line(tmp_path):

@@ -15,7 +15,7 @@ __all__ = ["parse"]
 
 def parse(argv: list[str]) -> int | None:
     """Run the command line; returns an exit code (None is 0)."""
-    if argv[:1] == ["train"] and len(argv) > 1 and not argv[1].startswith("-"):
+    if argv[:1] == ["train"] and len(argv) > 1 and argv[1] not in ("-h", "--help"):
         return runs.run_train(argv[1], argv[2:])
     app, sweep, data = SubcommandApp(), SubcommandApp(), SubcommandApp()
     commands: list[Callable[..., Any]] = [
