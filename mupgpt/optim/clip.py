@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mupgpt.model.gpt import GPT
 from mupgpt.model.shards import global_norm, local
-from mupgpt.optim.members import beside
+from mupgpt.optim.groups import beside
 
 __all__ = ["clip_gradients"]
 

@@ -63,6 +63,8 @@ class ParamTable:
     """A parametrization applied to one shape: plain data, and all that other code knows of µP."""
 
     rule: str
+    lr: float
+    """The rate at the base, `HParams.lr`, that every row's is derived from."""
     betas: tuple[float, float]
     params: tuple[ParamRow, ...]
     multipliers: Mapping[str, Multiplier]
@@ -91,6 +93,7 @@ class ParamTable:
         """Plain data: ``params`` (a list of rows), ``multipliers`` (name → factor), their whys."""
         return {
             "rule": self.rule,
+            "lr": self.lr,
             "betas": list(self.betas),
             "params": [asdict(row) for row in self.params],
             "multipliers": {name: m.value for name, m in self.multipliers.items()},
@@ -192,6 +195,7 @@ def parametrize_layout(
         params.append(replace(site_row, name=spec.name))
     return ParamTable(
         rule=rule.name,
+        lr=hparams.lr,
         betas=(hparams.beta1, hparams.beta2),
         params=tuple(params),
         multipliers=_multipliers(quantities, hparams, rule),

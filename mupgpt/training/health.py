@@ -1,6 +1,6 @@
 """What each kind of parameter does at a step, and what the residual stream carries.
 
-All about parameters is read off the optimizer behind its step: weights, the gradients it was given,
+All about parameters is read off the optimizer after its step: weights, the gradients it was given,
 AdamW's moments, the group's rate. Nothing is copied beforehand, so it costs a few passes over the
 weights on the steps that ask for it, and no memory beside a slice.
 """
@@ -15,11 +15,14 @@ from torch import Tensor, distributed as dist
 
 from mupgpt.model.gpt import GPT
 from mupgpt.model.shards import copies, local
+from mupgpt.optim.lean import LeanAdamW
+from mupgpt.optim.solo import by_kind
 from mupgpt.parametrization.table import ParamRow, ParamTable
 from mupgpt.training.metrics import HEALTH
 
 __all__ = ["activations", "kind", "measure"]
 
+ADAMW = (torch.optim.AdamW, LeanAdamW)  # whose moments say what the step was
 SLICE = 2**24  # elements taken at a time: bounds the temporaries beside a large model
 
 
@@ -44,10 +47,13 @@ def measure(optimizer: torch.optim.Optimizer, table: ParamTable) -> dict[str, fl
     together. The last four follow from AdamW's moments and are there for its parameters only. A
     value that is not finite is left out.
     """
+    adamw = {k for k, part in by_kind(optimizer).items() if isinstance(part, ADAMW)}
     sums: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
+        moments = group.get("optimizer", "adamw") in adamw
         for name, p in zip(group["names"], group["params"], strict=True):
-            more, name = _sums(p, optimizer.state[p], group), kind(table.rows[name])
+            state = optimizer.state[p] if moments else {}
+            more, name = _sums(p, state, group), kind(table.rows[name])
             sums[name] = sums[name] + more if name in sums else more
     totals = _everywhere(torch.stack(list(sums.values()))).tolist()
     values = {
@@ -120,7 +126,7 @@ def _moved(
 def activations(model: GPT) -> Iterator[dict[str, float]]:
     """A dict that holds, on leaving, ``health/act/PROBE`` → RMS of all that has passed ``model``.
 
-    ``emb`` is the input of the first block, ``residual`` the stream behind the last one. Both are
+    ``emb`` is the input of the first block, ``residual`` the stream after the last one. Both are
     borders of blocks, which stay in place however a block is sharded, compiled or recomputed.
     """
     seen: dict[str, Tensor] = {}
