@@ -226,8 +226,8 @@ MAY_BE_ZERO = ("weight_decay", "beta1", "beta2", "init_std", "attn_mult")
 class Schedule:
     """Learning-rate factor over the run: linear warm-up, then ``shape``."""
 
-    shape: Literal["constant", "linear", "cosine", "wsd"] = "linear"
-    """What follows the warm-up."""
+    shape: Literal["constant", "linear", "cosine", "wsd", "own"] = "linear"
+    """What follows the warm-up; ``own`` is all a function that was given from Python."""
     warmup: float = 0.1
     """Warm-up as a fraction of the run."""
     warmup_tokens: int = 0
@@ -238,6 +238,8 @@ class Schedule:
     """``wsd`` only: the fraction of what follows the warm-up that is spent in the final decay."""
     decay_shape: Literal["linear", "1-sqrt", "exponential", "cosine"] = "linear"
     """``wsd`` only: how the factor falls from 1 to ``end``."""
+    digest: str = ""
+    """``own`` only: hash of the function's factors at every step of the run."""
 
     def __post_init__(self) -> None:
         for name in ("warmup", "end", "decay"):
@@ -246,6 +248,10 @@ class Schedule:
         require(self.end > 0 or not geometric, "schedule.end", self.end,
                 "be > 0 under an exponential decay, which never reaches 0")  # fmt: skip
         require(self.warmup_tokens >= 0, "schedule.warmup_tokens", self.warmup_tokens, "be >= 0")
+        given = (self.shape == "own") == bool(self.digest)
+        require(given, "schedule.shape", self.shape,
+                "be one that has a name; a function of yours goes in from Python, "
+                "Trainer(config, folder, schedule=function)")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
