@@ -6,7 +6,7 @@ weights on the steps that ask for it, and no memory beside a slice.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,15 +59,14 @@ def measure(optimizer: torch.optim.Optimizer, table: ParamTable) -> dict[str, fl
     values = {
         f"{HEALTH}/{name}/{quantity}": value
         for name, total in zip(sums, totals, strict=True)
-        for quantity, value in _quantities(*total).items()
+        for quantity, value in _quantities(total).items()
     }
     return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
-def _quantities(
-    count: float, weight: float, grad: float, update: float, seen: float, lost: float
-) -> dict[str, float]:
-    """The quantities of one kind from its number of elements and its sums over them."""
+def _quantities(total: Sequence[float]) -> dict[str, float]:
+    """The quantities of one kind from what `_sums` says of all of it."""
+    count, weight, grad, update, seen, lost = total
     return {
         "weight_rms": math.sqrt(weight / count),
         "grad_rms": math.sqrt(grad / count),
