@@ -5,7 +5,7 @@
 One worker runs sweeps of 250, 500 and 1,000 trials whose training is replaced by a random loss:
 what is left is coordination. A trial of the shipped sweep `joint` (two seeds, as a population) is
 timed in the same run; the goal is a share below 5 % at 1,000 trials. The growth of memory says
-whether a finished trial leaves anything behind but its record.
+whether a finished trial leaves anything but its record.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def joint(trials: int):
     from mupgpt.tuning.spec import load_spec
 
     spec = load_spec("joint")
-    study = dataclasses.replace(spec.study, trials=trials, columns=16)
+    study = dataclasses.replace(spec.study, trials=trials, members=16)
     return dataclasses.replace(spec, study=study)
 
 

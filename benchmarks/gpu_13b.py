@@ -310,7 +310,7 @@ def stage_coord(args: argparse.Namespace, device: torch.device, record: dict) ->
 
 
 def stage_resume(args: argparse.Namespace, device: torch.device, record: dict) -> dict:
-    """Two runs of 1.3B through the trainer: one is killed −9 behind its first checkpoint."""
+    """Two runs of 1.3B through the trainer: one is killed −9 after its first checkpoint."""
     steps, every = (40, 10) if args.toy else (8, 4)
     raw = {
         "model": TOY if args.toy else "cerebras-gpt-1.3b", "memory": "split", "batch_size": 4,

@@ -1,6 +1,6 @@
-"""Rungs that grow the proxy: as good hyperparameters for less, since the optimum stays put?
+"""A proxy that grows: as good hyperparameters for less, since the optimum stays put?
 
-    python benchmarks/width_rungs.py     # about ten minutes on two cores
+    python benchmarks/grow_proxy.py     # about ten minutes on two cores
 
 Two searches of the joint space for the width-128 model under `mup`, repeated with other seeds of
 the sampler. One searches at width 128 itself: 48 trials with successive halving over steps. The
@@ -21,7 +21,7 @@ from optuna import Study
 
 REPEATS = 3
 TARGET, START = 128, 32
-LADDER = ((64, 8), (128, 2))  # width, trials taken there
+STAGES = ((64, 8), (128, 2))  # width, trials taken there
 TRIALS = 48
 FRESH = range(2000, 2005)
 UNTUNED = {"lr": 1e-3, "init_std": 0.05, "emb_mult": 1.0, "attn_mult": 1.0, "output_mult": 1.0,
@@ -42,7 +42,7 @@ def main() -> None:
     # One difference a repetition: of the means over the same five seeds.
     worse = [fmean(r["grown"]["losses"]) / fmean(r["direct"]["losses"]) - 1 for r in rows]
     cost = fmean(r["grown"]["flops"] / r["direct"]["flops"] for r in rows)
-    write("width_rungs", {
+    write("grow_proxy", {
         "machine": where,
         "rows": rows,
         "worse": worse,
@@ -63,7 +63,7 @@ def compare(seed: int) -> dict[str, Any]:
     """Both searches and what their winners reach."""
     direct = search(f"direct-{seed}", TARGET, seed, trials=TRIALS, rungs=1)
     stages = [search(f"grown-{seed}-{START}", START, seed, trials=TRIALS, rungs=1)]
-    for width, count in LADDER:
+    for width, count in STAGES:
         # One more: the run as it stands is always tried.
         stages.append(search(f"grown-{seed}-{width}", width, seed, trials=count + 1,
                              warm_start=stages[-1].study_name, warm_top=count))  # fmt: skip

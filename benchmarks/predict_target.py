@@ -48,7 +48,7 @@ def main(name: str) -> None:
         "error_percent": 100 * (loss / mean - 1),
         "inside": low <= mean <= high,
     }
-    record["without_one_rung"] = without_one_rung(ladder, target)
+    record["without_one_run"] = without_one_run(ladder, target)
     write(path, record)
     print(json.dumps(record["prediction"] | record["target"], indent=1))
 
@@ -61,7 +61,7 @@ def begun(path: Path, said: dict, runs: Path) -> dict:
     if path.is_file():
         record = json.loads(path.read_text())
         same_target = said["target"].items() <= record["target"].items()
-        if record["rungs"] == said["rungs"] and same_target:
+        if record["ladder_runs"] == said["ladder_runs"] and same_target:
             return record
     shutil.rmtree(runs, ignore_errors=True)
     write(path, said)
@@ -71,10 +71,10 @@ def begun(path: Path, said: dict, runs: Path) -> dict:
 def said_before(ladder: Ladder, target: TrainConfig) -> dict:
     """The record without a result: ladder, target, and what each law expects."""
     laws = {law: to_dict(ladder.predict(target, law)) for law in LAWS_OF_LOSS}
-    rungs = [
+    runs = [
         {"width": r.config.model.d_model, "steps": r.config.steps, "losses": list(r.losses),
          "flops": r.flops, "seconds": r.seconds}
-        for r in ladder.rungs
+        for r in ladder.stored
     ]  # fmt: skip
     return {
         "command": f"python benchmarks/predict_target.py {ladder.spec.name}",
@@ -88,21 +88,21 @@ def said_before(ladder: Ladder, target: TrainConfig) -> dict:
         "ladder_flops": ladder.flops,
         "target_flops": six_nd(target),
         "cost": ladder.flops / six_nd(target),
-        "corpus": ladder.rungs[0].corpus,
-        "rungs": rungs,
+        "corpus": ladder.stored[0].corpus,
+        "ladder_runs": runs,
         "target": {"width": target.model.d_model, "steps": target.steps, "seeds": list(SEEDS)},
     }
 
 
-def without_one_rung(ladder: Ladder, target: TrainConfig) -> dict[str, float]:
-    """The prediction when one rung is left out: how much hangs on each of them."""
+def without_one_run(ladder: Ladder, target: TrainConfig) -> dict[str, float]:
+    """The prediction when one run is left out: how much hangs on each of them."""
     return {
-        f"width {rung.config.model.d_model}, {rung.config.steps} steps": dataclasses.replace(
-            ladder, rungs=tuple(other for other in ladder.rungs if other is not rung)
+        f"width {run.config.model.d_model}, {run.config.steps} steps": dataclasses.replace(
+            ladder, stored=tuple(other for other in ladder.stored if other is not run)
         )
         .predict(target)
         .loss
-        for rung in ladder.rungs
+        for run in ladder.stored
     }
 
 

@@ -54,10 +54,7 @@ def measure(layers: int, width: int, batch: int) -> dict:
     raw = {"model": {"preset": "proxy-64", "n_layer": layers, "d_model": width}}
     config = train_config({**raw, "batch_size": batch, "steps": WARM + MEASURED})
     m = config.model
-    copies = memory_copies(
-        n_layer=m.n_layer, d_model=m.d_model, d_ffn=m.d_ffn, n_head=m.n_head,
-        vocab_size=m.vocab_size, batch=batch, seq_len=m.seq_len, fused_attention=True,
-    )  # fmt: skip
+    copies = memory_copies(m, batch, fused_attention=True)
     flops = flops_per_token(m, "palm") * config.tokens_per_step
     return {"n_layer": layers, "d_model": width, "batch_size": batch,
             "seconds": seconds_per_step(config), "copies": copies, "flops": flops}  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mupgpt.util.moved import follow_old_paths
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:  # the same names once more, for type checkers; a test compares both
     from mupgpt.config.phases import PhaseConfig as PhaseConfig
@@ -38,6 +38,11 @@ if TYPE_CHECKING:  # the same names once more, for type checkers; a test compare
     )
     from mupgpt.evidence.coordinates import coord_check as coord_check
     from mupgpt.evidence.coordinates_of_module import coord_check_module as coord_check_module
+    from mupgpt.evidence.fidelity import Fidelity as Fidelity
+    from mupgpt.evidence.fidelity_runs import (
+        plan_fidelity as plan_fidelity,
+        run_fidelity as run_fidelity,
+    )
     from mupgpt.evidence.verdict import judge as judge, judge_sweep as judge_sweep
     from mupgpt.interop.adopt import Adopted as Adopted, adopt as adopt
     from mupgpt.interop.describe import describe as describe
@@ -64,6 +69,12 @@ if TYPE_CHECKING:  # the same names once more, for type checkers; a test compare
     from mupgpt.trainer import Trainer as Trainer
     from mupgpt.training.population import Population as Population
     from mupgpt.training.step import evaluate as evaluate, train_step as train_step
+    from mupgpt.tuner import (
+        TunePlan as TunePlan,
+        Tuning as Tuning,
+        plan_tune as plan_tune,
+        tune as tune,
+    )
     from mupgpt.tuning.best import best_hparams as best_hparams
     from mupgpt.tuning.import_runs import import_sweep as import_sweep
     from mupgpt.tuning.run import run_sweep as run_sweep
@@ -80,6 +91,8 @@ _HOME = {
     "evidence.bridge_verdict": "judge_bridge run_bridge",
     "evidence.coordinates": "coord_check",
     "evidence.coordinates_of_module": "coord_check_module",
+    "evidence.fidelity": "Fidelity",
+    "evidence.fidelity_runs": "plan_fidelity run_fidelity",
     "evidence.verdict": "judge judge_sweep",
     "interop.adopt": "Adopted adopt",
     "interop.describe": "describe",
@@ -102,6 +115,7 @@ _HOME = {
     "trainer": "Trainer",
     "training.population": "Population",
     "training.step": "evaluate train_step",
+    "tuner": "TunePlan Tuning plan_tune tune",
     "tuning.best": "best_hparams",
     "tuning.import_runs": "import_sweep",
     "tuning.run": "run_sweep",

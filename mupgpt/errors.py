@@ -15,7 +15,13 @@ __all__ = [
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's: names the field, the value and the remedy."""
+    """A mistake of the user's: names the field, the value and the remedy.
+
+    >>> from mupgpt import HParams
+    >>> HParams(beta2=1.5)
+    Traceback (most recent call last):
+    mupgpt.errors.ConfigError: hparams.beta2 = 1.5: must be in [0, 1)
+    """
 
 
 def require(ok: bool, name: str, value: Any, remedy: str) -> None:
@@ -34,16 +40,37 @@ def unknown(kind: str, value: str, known: Any) -> ConfigError:
 
 
 class CheckpointError(RuntimeError):
-    """No checkpoint could be written, or none could be read."""
+    """No checkpoint could be written, or none could be read; the command line exits with 1.
+
+    >>> issubclass(CheckpointError, RuntimeError)
+    True
+    """
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal stopped the run after a checkpoint: the same command continues it."""
+    """A signal stopped the run after a checkpoint: the same command continues it.
+
+    As every KeyboardInterrupt it passes by ``except Exception``:
+
+    >>> try:
+    ...     raise Interrupted("stopped after step 8")
+    ... except KeyboardInterrupt as stop:
+    ...     print(stop)
+    stopped after step 8
+    """
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer finite."""
+    """The loss is no longer finite; the command line exits with 1.
+
+    >>> issubclass(Diverged, RuntimeError)
+    True
+    """
 
 
 class Crashed(RuntimeError):
-    """The run keeps failing without getting anywhere."""
+    """The run keeps failing without getting anywhere: `mupgpt launch` tries no more.
+
+    >>> issubclass(Crashed, RuntimeError)
+    True
+    """

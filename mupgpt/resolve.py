@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mupgpt.config.fields import TOKENS
 from mupgpt.config.plain import from_dict, to_dict
 from mupgpt.config.schema import Base, GPTConfig, TrainConfig
 from mupgpt.errors import ConfigError, require, unknown
@@ -47,7 +48,7 @@ def train_config(raw: Mapping[str, Any]) -> TrainConfig:
 
     >>> config = train_config({"model": {"preset": "proxy-64", "d_model": 128}})
     >>> config.model.n_head, config.base.d_model, config.rule
-    (4, 32, 'mup')
+    (4, 32.0, 'mup')
     """
     require(isinstance(raw, Mapping), "config", raw, "be a table of keys")
     raw = dict(raw)
@@ -90,6 +91,7 @@ def base_dims(base: str | GPTConfig | Mapping[str, Any] | Base) -> Base:
 
 
 def _steps(config: TrainConfig, tokens: Any) -> int:
-    number = isinstance(tokens, int | float) and 0 < tokens < float("inf")
-    require(number, "tokens", tokens, "be a positive number")
+    number = isinstance(tokens, int | float) and not isinstance(tokens, bool)
+    require(number and tokens > 0, "tokens", tokens, "be a number > 0")
+    require(tokens <= TOKENS, "tokens", tokens, f"be <= {TOKENS:,}")
     return max(1, int(tokens // config.tokens_per_step))

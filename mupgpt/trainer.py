@@ -7,7 +7,6 @@
 import json
 import math
 import sys
-import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -71,7 +70,7 @@ from mupgpt.training.step import token_losses, train_step
 from mupgpt.training.storage import stored_here
 from mupgpt.training.watch import Watch
 from mupgpt.util.progress import Progress
-from mupgpt.util.stopping import STOPPED, stop_flag
+from mupgpt.util.stopping import STOPPED, Stop, stop_flag
 from mupgpt.util.text import label
 
 __all__ = ["Trainer"]
@@ -180,8 +179,8 @@ class Trainer:
         self.optimizer = self._fresh_optimizer()
         assert_rates(self.model, self.optimizer, self.table, 1.0)
 
-    def _train(self, stop: threading.Event) -> None:
-        """Step, record, save, until the last step or until ``stop`` is set."""
+    def _train(self, stop: Stop) -> None:
+        """Step, record, save, until the last step or until ``stop`` is asked."""
         steps, track = self.config.steps, self.config.tracking
         self._pace = Pace(self.config.tokens_at(self.step))
         for line in self._watch.opening():
@@ -197,7 +196,7 @@ class Trainer:
                 record = self._record(loss, norm)
                 for sink in sinks if record else []:
                     sink.log(record)
-                stopped = any_rank(stop.is_set())
+                stopped = any_rank(stop.asked)
                 if stopped or self._cadence.saves(self.step):
                     self._save(writer)
                 if is_main():

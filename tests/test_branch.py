@@ -138,7 +138,7 @@ def test_only_a_stable_run_has_branches():
     assert branch_config(wsd, at=16, steps=20).schedule.decay == 4 / 14
     with pytest.raises(ConfigError, match="leaves its peak at step 16"):
         branch_config(wsd, at=17, steps=20)
-    with pytest.raises(ConfigError, match="lie behind the warm-up, which ends at step 6"):
+    with pytest.raises(ConfigError, match="lie after the warm-up, which ends at step 6"):
         branch_config(stem(), at=5, steps=20)
     with pytest.raises(ConfigError, match="steps = 10: must be beyond the branch point, step 10"):
         branch_config(stem(), at=10, steps=10)

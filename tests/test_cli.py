@@ -47,7 +47,7 @@ def fails(capsys, *argv):
 
 
 VERBS = ["", "presets", "table", "plan", "ls", "cp", "train", "train proxy-32", "launch",
-         "generate", "verdict", "transfer", "coord-check", "check-proxy", "rungs", "branch", "fit",
+         "generate", "verdict", "transfer", "coord-check", "check-proxy", "bridge", "branch", "fit",
          "propose", "demo", "sweep", "sweep run", "sweep import", "sweep status", "sweep best",
          "sweep importance", "sweep dashboard", "data", "data prepare"]  # fmt: skip
 
@@ -250,7 +250,8 @@ def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch):
 
     monkeypatch.setattr("mupgpt.tuning.run.run_sweep", interrupted)
     assert run(["sweep", "run", "tiny.toml"]) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said == "\nstopped; what finished is kept: the same command continues\n"
 
 
 def test_published_values_transfer_without_a_sweep(capsys, tmp_path):

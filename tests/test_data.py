@@ -90,6 +90,11 @@ def test_a_single_file_holds_out_its_tail(tmp_path):
     assert np.array_equal(found.val[:50], encode_bytes(path.read_bytes()[-50:]))
 
 
+def test_a_source_alone_is_a_corpus(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    assert load_corpus("a.txt").fingerprint == load_corpus(DataConfig(source="a.txt")).fingerprint
+
+
 def test_gzip_is_read_and_the_fingerprint_is_of_the_text(tmp_path):
     text = b"some text " * 50
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text))

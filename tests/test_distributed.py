@@ -163,7 +163,7 @@ def start(home, changes):
     for rule in ("mup", "cerebras"):  # normal, truncated
         same_start(built(home, {**changes, "rule": rule, "precision": "fp32"}))
     made = built(home, changes)
-    made._evaluate()  # behind it everything is its shard again
+    made._evaluate()  # after it everything is its shard again
     assert_rates(made.model, made.optimizer, made.table, 1.0)
     loaded(made, home / "2x2")
     shares = [made.grid.share(made._batches(step))[0].numpy() for step in range(3)]
@@ -268,7 +268,7 @@ def planted(home, name):
 
 
 def told_to_stop(home, name):
-    """Only rank 1 hears the signal; all stop behind the same step."""
+    """Only rank 1 hears the signal; all stop after the same step."""
     original = Trainer._train_one
 
     def signalled(self):

@@ -1,19 +1,22 @@
-"""Ladders: the right rungs, continued where they stopped, and a band to hold the run against."""
+"""Ladders: the right runs, continued where they stopped, and a band to hold the run against."""
 
 import dataclasses
 import json
 import runpy
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import mupgpt.evidence.ladder as ladder_module
+import mupgpt.evidence.stored_run as stored_module
 from mupgpt.cli import run as cli
 from mupgpt.config.schema import HParams, Prediction
+from mupgpt.data.corpus import load_corpus
 from mupgpt.errors import ConfigError
-from mupgpt.evidence.ladder import Ladder, Rung, load_ladder, run_ladder, six_nd
+from mupgpt.evidence.ladder import Ladder, load_ladder, run_ladder
+from mupgpt.evidence.stored_run import StoredRun, six_nd
 from mupgpt.mutransfer.transfer import transfer
 from mupgpt.parametrization.layout import count_params
 from mupgpt.resolve import train_config
@@ -54,15 +57,15 @@ def target(**changes):
 def planted(law):
     """The ladder of the spec with losses that lie on ``law(n, d)``."""
     one = spec()
-    rungs = [
-        Rung(config=c, seeds=(0,), losses=(loss,), corpus={}, seconds=0)
+    runs = [
+        StoredRun(config=c, seeds=(0,), losses=(loss,), corpus={})
         for c in one.configs
         if (loss := law(count_params(c.model), c.tokens))
     ]
-    return Ladder(one, tuple(rungs))
+    return Ladder(one, tuple(runs))
 
 
-def test_the_rungs_are_every_pair_that_is_cheap_enough():
+def test_the_runs_are_every_pair_that_is_cheap_enough():
     configs = spec().configs
     found = {(c.model.d_model, c.steps) for c in configs}
     everything = {(w, s) for w in (8, 16, 24) for s in (4, 8, 16)}
@@ -75,15 +78,30 @@ def test_the_rungs_are_every_pair_that_is_cheap_enough():
     assert all(c.base == stem.base and c.model.d_head == 8 for c in configs)
 
 
-def test_a_rung_is_its_seeds_side_by_side(tmp_path):
+def test_a_run_is_its_seeds_side_by_side(tmp_path):
     found = run_ladder(spec(), tmp_path / "l")
-    rung = found.rungs[0]
-    configs = [dataclasses.replace(rung.config, seed=seed) for seed in (0, 1)]
-    population = Population(configs, ladder_module.load_corpus(rung.config.data))
+    run = found.stored[0]
+    configs = [dataclasses.replace(run.config, seed=seed) for seed in (0, 1)]
+    population = Population(configs, load_corpus(run.config.data))
     population.train()
-    assert list(rung.losses) == list(population.evaluate().values())
-    assert len(found.runs) == 2 * len(found.rungs)
+    assert list(run.losses) == list(population.evaluate().values())
+    assert len(found.runs) == 2 * len(found.stored)
     assert found.flops == 2 * sum(map(six_nd, spec().configs))
+
+
+def test_a_signal_stops_a_ladder_between_two_steps(tmp_path, monkeypatch):
+    """Asked while it trains, it ends after those steps by itself; no half rung is kept."""
+    train, steps = Population.train, []
+
+    def signalled(self, until):
+        train(self, until)
+        steps.append(until)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Population, "train", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        run_ladder(spec(), tmp_path)
+    assert len(steps) == 1 and not list(tmp_path.glob("*.json"))
 
 
 def test_what_is_finished_is_not_trained_again(tmp_path, monkeypatch):
@@ -98,23 +116,23 @@ def test_what_is_finished_is_not_trained_again(tmp_path, monkeypatch):
             trained.append((configs[0].model.d_model, configs[0].steps))
             super().__init__(configs, corpus)
 
-    monkeypatch.setattr(ladder_module, "Population", Counted)
+    monkeypatch.setattr(stored_module, "Population", Counted)
     with pytest.raises(KeyboardInterrupt):
         run_ladder(spec(), tmp_path / "broken")
     assert len(list((tmp_path / "broken").glob("*.json"))) == 2
     again = run_ladder(spec(), tmp_path / "broken")
-    assert [r.losses for r in again.rungs] == [r.losses for r in whole.rungs]
-    assert len(trained) == len(set(trained)) == len(whole.rungs)
+    assert [r.losses for r in again.stored] == [r.losses for r in whole.stored]
+    assert len(trained) == len(set(trained)) == len(whole.stored)
     run_ladder(spec(), tmp_path / "broken")
-    assert len(trained) == len(whole.rungs)
+    assert len(trained) == len(whole.stored)
 
 
 def test_another_recipe_is_trained_anew(tmp_path):
     first = run_ladder(spec(), tmp_path / "l")
     other = spec().like(dataclasses.replace(spec().config, hparams=HParams(lr=0.1)))
     second = run_ladder(other, tmp_path / "l")
-    assert [r.losses for r in first.rungs] != [r.losses for r in second.rungs]
-    assert all(r.config.hparams.lr == 0.1 for r in second.rungs)
+    assert [r.losses for r in first.stored] != [r.losses for r in second.stored]
+    assert all(r.config.hparams.lr == 0.1 for r in second.stored)
 
 
 def test_decay_keeps_its_time_along_the_ladder():
@@ -168,7 +186,7 @@ def test_bad_declarations(tmp_path):
         ("[4, 8, 16]", "[]", "ladder.steps = ()"),
         ("[8, 16, 24]", "[8, 8]", "none twice"),
         ("[8, 16, 24]", "[12]", "does not divide"),
-        ("2e7", "1.0", "leave a rung"),
+        ("2e7", "1.0", "leave a run"),
         ("[ladder]", "[lader]", "did you mean 'ladder'"),
     ]:
         (tmp_path / "bad.toml").write_text(TOML.replace(old, new))
@@ -177,7 +195,7 @@ def test_bad_declarations(tmp_path):
         assert message in str(found.value)
 
 
-def test_too_few_rungs_are_said(tmp_path):
+def test_too_few_runs_are_said(tmp_path):
     few = dataclasses.replace(
         spec(), ladder=dataclasses.replace(spec().ladder, widths=(8,), steps=(4,))
     )
@@ -231,12 +249,12 @@ DATA = {"data": {"source": "text.txt", "eval_tokens": 64}}
 
 
 def test_the_transfer_command_runs_the_ladder(tmp_path, capsys, monkeypatch):
-    """The rungs take the plan's hyperparameters; a preset stands for a sweep's result here."""
+    """The runs take the plan's hyperparameters; a preset stands for a sweep's result here."""
     (tmp_path / "ladder.toml").write_text(
         "[ladder]\nwidths = [32, 64]\nsteps = [2, 4, 8]\nseeds = [0]\nlaw = 'power'\n"
         "[train]\nmodel = 'proxy-32'\n"
     )
-    monkeypatch.setattr(ladder_module, "STEPS_AT_ONCE", 2)
+    monkeypatch.setattr(stored_module, "STEPS_AT_ONCE", 2)
     (tmp_path / "aim.toml").write_text(
         'model = "proxy-96"\ndata = { source = "text.txt", eval_tokens = 64 }\n'
     )
@@ -246,9 +264,9 @@ def test_the_transfer_command_runs_the_ladder(tmp_path, capsys, monkeypatch):
     said = record["prediction"]
     assert said["low"] <= said["loss"] <= said["high"]
     assert record["config"]["prediction"] == said
-    rungs = [json.loads(p.read_text()) for p in (tmp_path / "runs/ladders/ladder").glob("*.json")]
-    assert len(rungs) == 6
-    assert {r["config"]["schedule"]["warmup"] for r in rungs} == {
+    trained = [json.loads(p.read_text()) for p in (tmp_path / "runs/ladders/ladder").glob("*.json")]
+    assert len(trained) == 6
+    assert {r["config"]["schedule"]["warmup"] for r in trained} == {
         record["config"]["schedule"]["warmup"]
     }
     assert "predicted loss" in (tmp_path / "target.toml").read_text()
@@ -256,9 +274,9 @@ def test_the_transfer_command_runs_the_ladder(tmp_path, capsys, monkeypatch):
 
 def test_losses_do_not_depend_on_the_pieces(tmp_path, monkeypatch):
     whole = run_ladder(spec(), tmp_path / "a")
-    monkeypatch.setattr(ladder_module, "STEPS_AT_ONCE", 3)
+    monkeypatch.setattr(stored_module, "STEPS_AT_ONCE", 3)
     pieces = run_ladder(spec(), tmp_path / "b")
-    assert np.array_equal([r.losses for r in whole.rungs], [r.losses for r in pieces.rungs])
+    assert np.array_equal([r.losses for r in whole.stored], [r.losses for r in pieces.stored])
     assert torch.get_num_threads() == 1
 
 
@@ -267,7 +285,7 @@ def test_a_record_of_another_ladder_is_begun_anew(tmp_path):
     path = Path(__file__).parent.parent / "benchmarks" / "predict_target.py"
     begun = runpy.run_path(str(path))["begun"]
     record, runs = tmp_path / "predict.json", tmp_path / "runs"
-    said = {"rungs": [{"losses": [2.0], "seconds": 1.5}], "target": {"width": 64, "steps": 9}}
+    said = {"ladder_runs": [{"losses": [2.0], "seconds": 1.5}], "target": {"width": 64, "steps": 9}}
 
     def trained():
         (runs / "seed0").mkdir(parents=True, exist_ok=True)
@@ -280,7 +298,7 @@ def test_a_record_of_another_ladder_is_begun_anew(tmp_path):
     record.write_text(json.dumps(finished))
     assert begun(record, said, runs) == finished and trained().exists()
     for other in (
-        {**said, "rungs": [{"losses": [2.0], "seconds": 1.6}]},
+        {**said, "ladder_runs": [{"losses": [2.0], "seconds": 1.6}]},
         {**said, "target": {"width": 64, "steps": 10}},
     ):
         record.write_text(json.dumps(finished))

@@ -55,7 +55,7 @@ def test_a_run_that_gets_on_is_started_again_each_time(tmp_path):
 
 
 def test_a_loop_of_crashes_ends(tmp_path):
-    """The first failure has a checkpoint behind it, then three have none: 1 + 2 retries."""
+    """The first failure comes after a checkpoint, then three have none: 1 + 2 retries."""
     body = "if n == 1:\n    checkpoint(7)\nsys.exit(9)\n"
     with pytest.raises(Crashed, match=r"exit code 9, 3 times in a row .* after step 7"):
         supervise(script(tmp_path, body), Path("run"), retries=2, pause=0.0)

@@ -276,7 +276,7 @@ def test_bad_folders(capsys, tmp_path):
     wide = folder("wide", 16, 100, 3.0)
     assert "model of half" in refused(capsys, half, wide, "--law", "annealing")
     assert "be a CSV with" in refused(capsys, half, "--law", "downstream")
-    assert "no evaluation behind that step" in refused(
+    assert "no evaluation after that step" in refused(
         capsys, half, "--law", "annealing", "--begin", "60"
     )
 

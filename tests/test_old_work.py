@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from mupgpt.config.plain import load_toml
+from mupgpt.data.corpus import load_corpus
+from mupgpt.errors import ConfigError
 from mupgpt.evidence.verdict import judge_sweep
 from mupgpt.mutransfer.transfer import transfer
 from mupgpt.resolve import train_config
@@ -32,6 +34,7 @@ def _old(tmp_path):
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     (tmp_path / "runs").mkdir()
     (tmp_path / "sweeps").rename(tmp_path / "runs" / "sweeps")
+    load_corpus.cache_clear()  # of another folder's text.txt
 
 
 def expected(name):
@@ -66,6 +69,12 @@ def test_the_best_of_an_old_study_and_its_transfer():
     record, then = transfer(tuned, to=load_toml("to.toml")).to_dict(), expected("transfer.json")
     assert near(record["config"]["hparams"], then["config"]["hparams"])
     assert near(record["sites"], then["sites"]) and near(record["multipliers"], then["multipliers"])
+
+
+def test_a_sweep_of_one_study_is_taken_by_its_name():
+    assert best_hparams("old-joint") == best_hparams(run_sweep(load_spec("old-joint.toml")))
+    with pytest.raises(ConfigError, match=r"old-lr' has \d studies: give one of run_sweep"):
+        best_hparams("old-lr")
 
 
 def test_an_old_transfer_is_a_config():

@@ -123,7 +123,7 @@ def test_one_line_whatever_the_phases_are():
     ("phases", "more", "message"),
     [
         (TWO, {"steps": 9}, r"steps = 9: must be 10, as phases add up to"),
-        ([{"steps": 0}], {}, r"phases\.steps = 0: must be >= 1"),
+        ([{"steps": 0}], {}, r"phases\[0\]\.steps = 0: must be >= 1"),
         ([{"steps": 2, "batch_size": 3}], {"accumulate": 2}, r"accumulate = 2: must divide"),
         ([{"steps": 2, "seq_len": 128}], {"model": "proxy-32"},
          r"phases\.seq_len = 128: must be at most model\.seq_len = 64, where learned positions"),

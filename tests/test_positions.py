@@ -79,7 +79,7 @@ def naive(q, k, v, slopes, scaling):
     st.sampled_from([1.0, 2.0, 2.5]),
 )
 def test_alibi_is_the_naive_bias(groups, per_group, d_head, start, new, scaling):
-    """For any head count and grouping, all at once or behind a cache."""
+    """For any head count and grouping, all at once or from a cache."""
     heads = groups * per_group
     config = shaped(n_head=heads, n_kv_head=groups, d_head=d_head, alibi_scaling=scaling)
     q = draw(2, heads, new, d_head)

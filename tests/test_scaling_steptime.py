@@ -1,11 +1,14 @@
 """Step time from memory copies and FLOPs, and the best shape for a time budget."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from mupgpt.scaling import HOFFMANN_2022, best_shape, fit_step_time, memory_copies
+from mupgpt.config.schema import GPTConfig
+from mupgpt.scaling import HOFFMANN_2022, Shapes, best_shape, fit_step_time, memory_copies
 
-SHAPE = {"n_layer": 3, "d_model": 8, "d_ffn": 32, "n_head": 2, "vocab_size": 50, "seq_len": 16}
+SHAPE = GPTConfig(n_layer=3, d_model=8, d_ffn=32, n_head=2, vocab_size=50, seq_len=16)
 TRUE = {"overhead": 5e-3, "per_copy": 2e-10, "per_flop": 1e-12}
 COPIES = np.array([1e7, 3e7, 5e7, 1e8, 2e8, 3e8, 6e8, 1e9, 1.5e9, 4e9])
 FLOPS = np.array([5e8, 6e9, 4e9, 3e10, 2e10, 9e10, 6e10, 4e11, 2e11, 1e12])
@@ -68,19 +71,16 @@ def test_copies_of_a_matmul_only_count_by_hand():
     ffn = (rows * d + d * f + rows * f) + 2 * rows * f + (rows * f + f * d + rows * d)
     norms, adds = 2 * 2 * rows * d, 2 * 3 * rows * d
     ends = 2 * rows * d + 2 * rows * d + (rows * d + d * v + rows * v) + 2 * rows * v
-    counted = memory_copies(
-        n_layer=1, d_model=d, d_ffn=f, n_head=1, vocab_size=v, batch=1, seq_len=t
-    )
+    model = GPTConfig(n_layer=1, d_model=d, d_ffn=f, n_head=1, vocab_size=v, seq_len=t)
+    counted = memory_copies(model, batch=1)
     assert counted == 3 * (qkvo + scores + ffn + norms + adds + ends)
 
 
 def test_copies_are_linear_in_depth_and_fusing_saves_exactly_the_score_matrix():
-    def count(**change):
-        return memory_copies(**SHAPE | {"batch": 4} | change)
-
-    assert count(n_layer=5) - count(n_layer=3) == 2 * (count(n_layer=4) - count(n_layer=3))
-    scores = 4 * SHAPE["n_head"] * SHAPE["seq_len"] ** 2
-    assert count() - count(fused_attention=True) == 3 * SHAPE["n_layer"] * 4 * scores
+    three, four, five = (memory_copies(replace(SHAPE, n_layer=n), 4) for n in (3, 4, 5))
+    assert five - three == 2 * (four - three)
+    scores = 4 * SHAPE.n_head * SHAPE.seq_len**2
+    assert three - memory_copies(SHAPE, 4, fused_attention=True) == 3 * SHAPE.n_layer * 4 * scores
 
 
 def test_best_shape_reaches_the_least_loss_in_the_time():
@@ -90,10 +90,8 @@ def test_best_shape_reaches_the_least_loss_in_the_time():
     choice = best_shape(
         fit,
         HOFFMANN_2022,
+        Shapes(n_params=n_params, copies=copies, flops=flops),
         seconds=86400,
-        n_params=n_params,
-        copies=copies,
-        flops=flops,
         tokens_per_step=8192,
     )
     np.testing.assert_array_equal(choice.steps, np.floor(86400 / choice.seconds_per_step))
@@ -106,10 +104,8 @@ def test_of_two_shapes_with_one_count_the_faster_is_chosen():
     choice = best_shape(
         fit,
         HOFFMANN_2022,
+        Shapes(n_params=[1e7, 1e7], copies=[9e8, 4e8], flops=[5e11, 5e11]),
         seconds=3600,
-        n_params=[1e7, 1e7],
-        copies=[9e8, 4e8],
-        flops=[5e11, 5e11],
         tokens_per_step=8192,
     )
     assert choice.best == 1
@@ -121,9 +117,7 @@ def test_a_time_shorter_than_a_step_is_refused():
         best_shape(
             fit,
             HOFFMANN_2022,
+            Shapes(n_params=[1e7], copies=[4e8], flops=[5e11]),
             seconds=1e-3,
-            n_params=[1e7],
-            copies=[4e8],
-            flops=[5e11],
             tokens_per_step=8192,
         )

@@ -1,12 +1,14 @@
 """Commands that say whether µP holds: over widths of a sweep, and in the model itself."""
 
+import sys
 from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
 from mupgpt.cli.runs import ShapeFlags
-from mupgpt.cli.shared import one_thread, print_json, stem
+from mupgpt.cli.shared import one_thread, print_json, read_config, stem
+from mupgpt.cli.sweeps import study_of
 from mupgpt.errors import require
 
 __all__ = ["COMMANDS"]
@@ -19,7 +21,8 @@ def verdict(
     study: Positional[str],
     storage: str | None = None,
     tolerance: float | None = None,
-    axis: Literal["width", "depth", "density", "context", "batch", "horizon"] | None = None,
+    axis: Literal["width", "depth", "density", "context", "batch", "steps", "horizon"]
+    | None = None,
     json: bool = False,
     picture: Path | None = None,
 ) -> None:
@@ -54,6 +57,58 @@ def verdict(
         print(result)
 
 
+def fidelity(
+    study: Positional[str],
+    to: str,
+    widths: tuple[int, ...] = (),
+    configs: int = 24,
+    share: float = 0.1,
+    seeds: int = 2,
+    cell: str | None = None,
+    storage: str | None = None,
+    out: Path | None = None,
+    dry_run: bool = False,
+    json: bool = False,
+    picture: Path | None = None,
+) -> int:
+    """Say whether a sweep's proxy ranks configurations as larger models do; exit 1 unless FAITHFUL.
+
+    Some of its trials, from the best to the worst, are trained again at larger widths.
+
+    Args:
+        study: The sweep's name or folder.
+        to: The target: a preset's name or a config file.
+        widths: Widths above the proxy's (default: doubled as far as the share goes).
+        configs: Trials that are trained again, the winner among them.
+        share: Share of the target's training FLOPs that all runs together may take.
+        seeds: Fresh seeds for each.
+        cell: Which study of a sweep with several (default: the first).
+        storage: Optuna storage URL.
+        out: Folder for the runs' results (default: runs/fidelity/STUDY); the same command goes on.
+        dry_run: Say what would be trained, and what it costs.
+        json: Print machine-readable data.
+        picture: Write losses and ranks over the width there, as SVG and PNG.
+    """
+    from mupgpt.evidence.fidelity_runs import plan_fidelity, run_fidelity
+
+    one_thread()
+    one = study_of(study, cell, storage)
+    plan = plan_fidelity(one, read_config(to), widths, configs, share, seeds)
+    print(plan, file=sys.stderr, flush=True)
+    if dry_run:
+        return 0
+    found = run_fidelity(plan, out or Path("runs") / "fidelity" / plan.cell.name.replace("/", "_"))
+    if picture is not None:
+        from mupgpt.report.fidelity_picture import fidelity_picture
+
+        fidelity_picture(found, picture)
+    if json:
+        print_json(found.to_dict())
+    else:
+        print(found)
+    return 0 if found.verdict == "FAITHFUL" else 1
+
+
 def coord_check(
     rule: str = "mup",
     widths: tuple[int, ...] = (),
@@ -82,12 +137,15 @@ def coord_check(
         json: Print machine-readable data.
         picture: Write the curves there, as SVG and PNG.
     """
-    from mupgpt.evidence.coordinates import PLURAL, SEEDS, coord_check as check
+    from mupgpt.evidence.coordinates import SEEDS, coord_check as check
+    from mupgpt.parametrization.axes import find_axis
 
     one_thread()
     sizes = {"width": widths, "depth": depths, "density": densities}
     for name, given in sizes.items():
-        require(name == axis or not given, PLURAL[name], given, f"be left out with axis {axis}")
+        require(
+            name == axis or not given, find_axis(name).sizes, given, f"be left out with axis {axis}"
+        )
     result = check(
         rule,
         axis=axis,
@@ -108,4 +166,4 @@ def coord_check(
     return 0 if result.passed else 1
 
 
-COMMANDS = (verdict, coord_check)
+COMMANDS = (verdict, fidelity, coord_check)

@@ -3,6 +3,7 @@
 Heavy imports happen inside commands: ``--help`` and ``table`` need no torch.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,14 @@ from mupgpt.cli import checks, guards, laws, look, runs, sweeps
 
 __all__ = ["parse"]
 
+WAS = {"rungs": "bridge"}  # commands of 0.1.0, for a version
+
 
 def parse(argv: list[str]) -> int | None:
     """Run the command line; returns an exit code (None is 0)."""
+    if argv[:1] and argv[0] in WAS:
+        argv = [WAS[argv[0]], *argv[1:]]
+        print(f"this command is called mupgpt {argv[0]} now", file=sys.stderr)
     if argv[:1] == ["train"] and len(argv) > 1 and argv[1] not in ("-h", "--help"):
         return runs.run_train(argv[1], argv[2:])
     app, sweep, data = SubcommandApp(), SubcommandApp(), SubcommandApp()

@@ -34,9 +34,9 @@ def check_proxy(
         critical_batch: The proxy's critical batch size in tokens, where measured.
         json: Print machine-readable data.
     """
-    from mupgpt.mutransfer.axes import AXES
     from mupgpt.mutransfer.proxy_check import check_proxy as check
     from mupgpt.mutransfer.transfer import transfer
+    from mupgpt.parametrization.axes import AXES
 
     proxy, seeds = _proxy(spec, cell)
     target = transfer(proxy, read_config(to), accept=AXES).config
@@ -65,7 +65,7 @@ def _proxy(name: str, cell: str | None) -> tuple[TrainConfig, int | None]:
     return cells[taken].config(), len(spec.study.seeds)
 
 
-def rungs(
+def bridge(
     study: Positional[str],
     to: str,
     run: bool = False,
@@ -76,7 +76,7 @@ def rungs(
     storage: str | None = None,
     json: bool = False,
 ) -> int:
-    """Plan runs between proxy and target at half, once and twice the learning rate; or run them.
+    """Plan runs at sizes between proxy and target at half, once and twice the rate; or run them.
 
     With --run the end is GO (exit 0) or NO-GO (exit 1); the same command continues.
 
@@ -85,9 +85,9 @@ def rungs(
         to: The target: a preset's name or a config file.
         run: Train what is not finished, and judge.
         max_share: Share of the target's training FLOPs that all runs together may take.
-        seeds: At least two; each trains every rung at every learning rate.
+        seeds: At least two; each trains every size at every learning rate.
         out: Folder for the configs, and for the results (default for these:
-            runs/rungs/STUDY-to-TARGET).
+            runs/bridge/STUDY-to-TARGET).
         cell: Which study of a sweep with several (default: the first).
         storage: Optuna storage URL.
         json: Print machine-readable data.
@@ -109,10 +109,15 @@ def rungs(
     from mupgpt.evidence.bridge_verdict import run_bridge
 
     one_thread()
-    folder = out or Path("runs") / "rungs" / f"{label(study)}-to-{label(to)}"
-    verdict = run_bridge(plan, folder)
+    verdict = run_bridge(plan, out or _results(f"{label(study)}-to-{label(to)}"))
     _say(verdict, json)
     return 0 if verdict.go else 1
+
+
+def _results(name: str) -> Path:
+    """Where the runs are kept; those that 0.1.0 began go on where they are."""
+    old = Path("runs") / "rungs" / name
+    return old if old.is_dir() else Path("runs") / "bridge" / name
 
 
 def _say(found: Any, json: bool) -> None:
@@ -122,4 +127,4 @@ def _say(found: Any, json: bool) -> None:
         print(found, flush=True)
 
 
-COMMANDS = (check_proxy, rungs)
+COMMANDS = (check_proxy, bridge)

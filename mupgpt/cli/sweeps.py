@@ -14,7 +14,7 @@ from mupgpt.errors import require, unknown
 from mupgpt.presets import PRESETS
 from mupgpt.resolve import train_config
 
-__all__ = ["COMMANDS", "SWEEP", "source_of"]
+__all__ = ["COMMANDS", "SWEEP", "source_of", "study_of"]
 
 
 def sweep_run(
@@ -24,7 +24,7 @@ def sweep_run(
 
     Args:
         spec: A shipped sweep's name or a TOML file.
-        workers: One-thread processes (default: one a core).
+        workers: Processes (default: one a GPU, or one of one thread a core).
         storage: Optuna storage URL (default: SQLite in runs/sweeps/NAME).
     """
     from mupgpt.tuning.run import run_sweep
@@ -43,9 +43,10 @@ def sweep_status(name: Positional[str], storage: str | None = None) -> None:
         storage: Optuna storage URL.
     """
     from mupgpt.tuning.study import Sweep, finished, trials_of
+    from mupgpt.tuning.urls import shown
 
     sweep = Sweep.open(stem(name), storage)
-    print(f"storage {sweep.url}")
+    print(f"storage {shown(sweep.url)}")
     for cell in sweep.spec.cells:
         trials = trials_of(sweep.storage, cell.name)
         states = [t.state.name.lower() for t in trials]
@@ -86,6 +87,51 @@ def sweep_best(
         return
     for tuned in best.values():
         print(tuned)
+
+
+def tune(
+    to: Positional[str],
+    budget: float = 0.1,
+    workers: int | None = None,
+    storage: str | None = None,
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
+    accept: UseAppendAction[tuple[str, ...]] = (),
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Tune a target within a share of its FLOPs: search proxies, keep what holds wider, transfer.
+
+    Two searches run on a narrow model of the target's own recipe, and their best are trained again
+    at twice the width. The same command goes on after an interrupt.
+
+    Args:
+        to: The target: a preset's name or a config file.
+        budget: Share of the target's training FLOPs that all runs together may take.
+        workers: One-thread processes (default: one a core).
+        storage: Optuna storage URL (default: SQLite in runs/sweeps).
+        out: The target's config (TOML).
+        accept: An axis that no rule covers (may be given several times).
+        dry_run: Say what would be trained, and what it costs.
+        json: Print machine-readable data.
+    """
+    from mupgpt.tuner import plan_tune, tune
+
+    one_thread()
+    name = f"tune-{Path(to).stem if to not in PRESETS else to}"
+    plan = plan_tune(read_config(to), budget, name=name)
+    print(plan, file=sys.stderr, flush=True)
+    if dry_run:
+        return
+    found = tune(plan, workers=workers, storage=storage)
+    moved = found.transfer_to(accept)
+    if out is not None:
+        write_text(out, moved.to_toml())
+    if json:
+        print_json({**found.to_dict(), "transfer": moved.to_dict()})
+        return
+    print(found, moved, sep="\n\n")
+    if out is not None:
+        print(f"\nwrote {out}; execute it with: mupgpt train {out}")
 
 
 def transfer(
@@ -137,16 +183,22 @@ def source_of(study: str, cell: str | None, storage: str | None, seeds: int = 3)
     if study in PRESETS:
         return train_config({"model": study})
     from mupgpt.tuning.best import best_hparams
-    from mupgpt.tuning.study import Sweep
 
     one_thread()
-    studies = Sweep.open(stem(study), storage).studies()
+    return best_hparams(study_of(study, cell, storage), seeds=seeds)
+
+
+def study_of(name: str, cell: str | None, storage: str | None) -> Any:
+    """One study of a sweep: that of ``cell``, or the first, which is said where there are more."""
+    from mupgpt.tuning.study import Sweep
+
+    studies = Sweep.open(stem(name), storage).studies()
     if cell is not None and cell not in studies:
         raise unknown("study", cell, studies)
-    name = cell or next(iter(studies))
+    taken = cell or next(iter(studies))
     if cell is None and len(studies) > 1:
-        print(f"taking {name}; another one: --cell NAME", file=sys.stderr)
-    return best_hparams(studies[name], seeds=seeds)
+        print(f"taking {taken}; another one: --cell NAME", file=sys.stderr)
+    return studies[taken]
 
 
 def sweep_import(
@@ -214,4 +266,4 @@ SWEEP = {
     "importance": sweep_importance,
     "dashboard": sweep_dashboard,
 }
-COMMANDS = (transfer,)
+COMMANDS = (tune, transfer)

@@ -1,28 +1,31 @@
 """Phases of a run: parts with a context and a batch of their own, one after the other."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from mupgpt.errors import require
+from mupgpt.config.fields import BATCH, CONTEXT, STEPS, decides
+from mupgpt.config.plain import settle
 
 __all__ = ["PhaseConfig", "lasting", "longest", "phase_at", "tokens_at"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """A part of a run with a context and a batch of its own."""
+    """A part of a run with a context and a batch of its own.
 
-    steps: int
+    >>> PhaseConfig(steps=100, seq_len=512, batch_size=16).tokens_per_step
+    8192
+    """
+
+    steps: int = field(metadata=decides("result", 1, STEPS))
     """Optimizer steps."""
-    seq_len: int = 0
+    seq_len: int = field(default=0, metadata=decides("result", 0, CONTEXT))
     """Context in tokens; 0 means the model's."""
-    batch_size: int = 0
+    batch_size: int = field(default=0, metadata=decides("result", 0, BATCH))
     """Sequences per step; 0 means the run's."""
 
     def __post_init__(self) -> None:
-        for name, low in {"steps": 1, "seq_len": 0, "batch_size": 0}.items():
-            value = getattr(self, name)
-            require(value >= low, f"phases.{name}", value, f"be >= {low}")
+        settle(self, "phases")
 
     @property
     def tokens_per_step(self) -> int:

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 
+from mupgpt.config.phases import tokens_at
 from mupgpt.config.schema import Schedule, TrainConfig
 from mupgpt.errors import ConfigError, require
 
@@ -111,8 +112,10 @@ def lr_factor(config: TrainConfig, step: int) -> float:
     Its axis is tokens, counted in steps of the first phase. Where the batch grows a step advances
     it by more, as Cerebras-GPT's counter does (720 to 1080 sequences: 57 000 steps are 38 000).
     """
-    unit = config.tokens_per_step
-    return factor(config.schedule, config.tokens_at(step) / unit, config.tokens / unit, unit)
+    course = config.course
+    unit = course[0].tokens_per_step
+    now, end = (tokens_at(course, s) / unit for s in (step, config.steps))
+    return factor(config.schedule, now, end, unit)
 
 
 def factor(s: Schedule, step: float, steps: float, tokens_per_step: int = 1) -> float:

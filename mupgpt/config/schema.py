@@ -5,7 +5,19 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
+from mupgpt.config.fields import (
+    BATCH,
+    CONTEXT,
+    LAYERS,
+    SEED,
+    STEPS,
+    TOKENS,
+    VOCABULARY,
+    WIDTH,
+    decides,
+)
 from mupgpt.config.phases import PhaseConfig, phase_at, tokens_at
+from mupgpt.config.plain import settle
 from mupgpt.errors import ConfigError, require
 
 __all__ = [
@@ -29,53 +41,58 @@ class GPTConfig:
     2
     """
 
-    n_layer: int
+    n_layer: int = field(metadata=decides("result", above=0, high=LAYERS))
     """Number of blocks."""
-    d_model: int
+    d_model: int = field(metadata=decides("result", above=0, high=WIDTH))
     """Width of the residual stream."""
-    vocab_size: int
+    vocab_size: int = field(metadata=decides("result", above=0, high=VOCABULARY))
     """Number of token ids."""
-    seq_len: int
+    seq_len: int = field(metadata=decides("result", above=0, high=CONTEXT))
     """Context length in tokens."""
-    n_head: int = 0
+    n_head: int = field(default=0, metadata=decides("result", 0, WIDTH))
     """Number of query heads; 0 means d_model / d_head."""
-    d_head: int = 0
+    d_head: int = field(default=0, metadata=decides("result", 0, WIDTH))
     """Width of one head; 0 means d_model / n_head."""
-    n_kv_head: int = 0
+    n_kv_head: int = field(default=0, metadata=decides("result", 0, WIDTH))
     """Number of key and value heads; 0 means n_head."""
-    d_ffn: int = 0
+    d_ffn: int = field(default=0, metadata=decides("result", 0, 10 * WIDTH))
     """Width inside the MLP; 0 means 4 d_model, or 8/3 d_model with ``swiglu`` (as many weights)."""
-    bias: bool = True
+    bias: bool = field(default=True, metadata=decides("result"))
     """Biases in every linear layer and LayerNorm."""
-    positions: Literal["learned", "alibi", "rope", "none"] = "learned"
+    positions: Literal["learned", "alibi", "rope", "none"] = field(
+        default="learned", metadata=decides("result")
+    )
     """How order is known: an embedding of each place, a bias on attention scores that grows with
     distance (arXiv 2108.12409), a rotation of queries and keys (arXiv 2104.09864), or not at all
     but for the causal mask."""
-    alibi_scaling: float = 1.0
+    alibi_scaling: float = field(default=1.0, metadata=decides("result", 0))
     """``alibi`` only: distances are divided by it, to read contexts that many times longer than
     the trained one (arXiv 2310.13017); 0 means by T / seq_len in a context of T > seq_len."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm: Literal["layernorm", "rmsnorm"] = field(default="layernorm", metadata=decides("result"))
     """Norm in front of each branch and of the head."""
-    activation: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    activation: Literal["gelu", "swiglu", "relu2"] = field(
+        default="gelu", metadata=decides("result")
+    )
     """Inside the MLP: gelu(up), silu(gate) · up (arXiv 2002.05202), or relu(up)²
     (arXiv 2109.08668)."""
-    qk_norm: bool = False
+    qk_norm: bool = field(default=False, metadata=decides("result"))
     """Norm each head of queries and keys, with one gain per layer for each (arXiv 2302.05442).
     Neither weights nor ``init_std`` move the scores then. Under ``mup`` they stay within
     ``attn_mult`` times √d_head of the base at every size, while gains are 1: ``attn_mult`` is the
     temperature, and a value tuned without this norm does not carry over."""
-    tied: bool = True
+    tied: bool = field(default=True, metadata=decides("result"))
     """Whether the head shares the token embedding's weight."""
-    zero_init_q: bool = False
+    zero_init_q: bool = field(default=False, metadata=decides("result"))
     """Start the query projections at zero (attention starts uniform at every width)."""
-    density: float = 1.0
+    density: float = field(default=1.0, metadata=decides("result", above=0, high=1))
     """Share of the weights in the blocks' matrices that static masks keep; 1 masks nothing."""
-    density_attn: float = 0.0
+    density_attn: float = field(default=0.0, metadata=decides("result", 0, 1))
     """The same of q, k, v and o alone; 0 means ``density``."""
-    density_mlp: float = 0.0
+    density_mlp: float = field(default=0.0, metadata=decides("result", 0, 1))
     """The same of gate, up and down alone; 0 means ``density``."""
 
     def __post_init__(self) -> None:
+        settle(self, "model")
         if not self.n_head and not self.d_head:
             raise ConfigError("model: give n_head or d_head (the other one is derived)")
         derived = {
@@ -86,13 +103,7 @@ class GPTConfig:
         derived["n_kv_head"] = self.n_kv_head or derived["n_head"]
         for name, value in derived.items():
             object.__setattr__(self, name, value)
-        for name in ("n_layer", "d_model", "vocab_size", "seq_len", "n_head", "d_head", "d_ffn"):
-            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be > 0")
         _divide(self.n_head, "n_kv_head", self.n_kv_head)
-        require(0 < self.density <= 1, "model.density", self.density, "be in (0, 1]")
-        for name in ("density_attn", "density_mlp"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"model.{name}", value, "be in [0, 1] (0: as model.density)")
         self._check_attention()
 
     def _check_attention(self) -> None:
@@ -129,8 +140,9 @@ class GPTConfig:
 
 def _divide(numerator: int, name: str, denominator: int) -> int:
     if denominator <= 0 or numerator % denominator:
-        near = [d for d in range(1, numerator + 1) if numerator % d == 0]
-        best = sorted(near, key=lambda d: abs(d - denominator))[:2]
+        small = [d for d in range(1, math.isqrt(numerator) + 1) if numerator % d == 0]
+        near = {*small, *(numerator // d for d in small)}
+        best = sorted(near, key=lambda d: (abs(d - denominator), d))[:2]
         raise ConfigError(
             f"model.{name} = {denominator} does not divide {numerator}; "
             f"the nearest that do: {', '.join(map(str, sorted(best)))}"
@@ -140,114 +152,123 @@ def _divide(numerator: int, name: str, denominator: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """Dimensions at which the hyperparameters were tuned; they may be fractional (682.6)."""
+    """Dimensions at which the hyperparameters were tuned; they may be fractional (682.6).
 
-    d_model: float
+    >>> Base(d_model=256, d_ffn=682.6, n_head=4, d_head=64, n_kv_head=4, n_layer=24).density
+    1.0
+    """
+
+    d_model: float = field(metadata=decides("result", above=0, high=WIDTH))
     """Width of the residual stream."""
-    d_ffn: float
+    d_ffn: float = field(metadata=decides("result", above=0, high=10 * WIDTH))
     """Width inside the MLP."""
-    n_head: float
+    n_head: float = field(metadata=decides("result", above=0, high=WIDTH))
     """Number of query heads."""
-    d_head: float
+    d_head: float = field(metadata=decides("result", above=0, high=WIDTH))
     """Width of one head."""
-    n_kv_head: float
+    n_kv_head: float = field(metadata=decides("result", above=0, high=WIDTH))
     """Number of key and value heads."""
-    n_layer: float
+    n_layer: float = field(metadata=decides("result", above=0, high=LAYERS))
     """Number of blocks."""
-    density: float = 1.0
+    density: float = field(default=1.0, metadata=decides("result", above=0, high=1))
     """Share of the weights that static masks keep."""
-    density_attn: float = 0.0
+    density_attn: float = field(default=0.0, metadata=decides("result", 0, 1))
     """The same of q, k, v and o alone; 0 means ``density``."""
-    density_mlp: float = 0.0
+    density_mlp: float = field(default=0.0, metadata=decides("result", 0, 1))
     """The same of gate, up and down alone; 0 means ``density``."""
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            require(value > 0 or value == f.default, f"base.{f.name}", value, "be > 0")
+        settle(self, "base")
 
     @classmethod
     def of(cls, model: GPTConfig) -> "Base":
         """The dimensions of ``model`` itself.
 
         >>> Base.of(GPTConfig(n_layer=2, d_model=64, d_head=32, vocab_size=9, seq_len=8)).d_ffn
-        256
+        256.0
         """
         return cls(**{f.name: getattr(model, f.name) for f in dataclasses.fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class HParams:
-    """Hyperparameters at the base; a rule turns them into one number per parameter."""
+    """Hyperparameters at the base; a rule turns them into one number per parameter.
 
-    lr: float = 6e-3
+    The defaults are Cerebras-GPT's (Dey et al. 2023, arXiv 2304.03208).
+
+    >>> HParams(lr=1e-3).init_std
+    0.08
+    """
+
+    lr: float = field(default=6e-3, metadata=decides("result", above=0))
     """Peak learning rate at the base."""
-    init_std: float = 0.08
+    init_std: float = field(default=0.08, metadata=decides("result", 0))
     """Standard deviation of the initial weights at the base."""
-    emb_mult: float = 10.0
+    emb_mult: float = field(default=10.0, metadata=decides("result", above=0))
     """Multiplies the sum of token and position embedding."""
-    attn_mult: float = 1.0
+    attn_mult: float = field(default=1.0, metadata=decides("result", 0))
     """Multiplies the attention scores."""
-    residual_mult: float = 1.0
+    residual_mult: float = field(default=1.0, metadata=decides("result", above=0))
     """Multiplies what each branch adds to the residual stream."""
-    output_mult: float = 1.0
+    output_mult: float = field(default=1.0, metadata=decides("result", above=0))
     """Multiplies the logits."""
-    weight_decay: float = 0.1
+    weight_decay: float = field(default=0.1, metadata=decides("result", 0))
     """AdamW's λ at the base (each step shrinks a weight by lr·λ)."""
-    lr_mult_input: float = 1.0
+    lr_mult_input: float = field(default=1.0, metadata=decides("result", above=0))
     """Learning-rate multiplier of the embeddings."""
-    lr_mult_hidden: float = 1.0
+    lr_mult_hidden: float = field(default=1.0, metadata=decides("result", above=0))
     """Learning-rate multiplier of the matrices inside the blocks."""
-    lr_mult_output: float = 1.0
+    lr_mult_output: float = field(default=1.0, metadata=decides("result", above=0))
     """Learning-rate multiplier of an untied head."""
-    lr_mult_bias: float = 1.0
+    lr_mult_bias: float = field(default=1.0, metadata=decides("result", above=0))
     """Learning-rate multiplier of the biases."""
-    lr_mult_norm: float = 1.0
+    lr_mult_norm: float = field(default=1.0, metadata=decides("result", above=0))
     """Learning-rate multiplier of the norms."""
-    beta1: float = 0.9
+    beta1: float = field(default=0.9, metadata=decides("result", 0, below=1))
     """Decay of the first moment; the momentum of SGD and Muon."""
-    beta2: float = 0.95
+    beta2: float = field(default=0.95, metadata=decides("result", 0, below=1))
     """Adam's decay of the second moment."""
-    eps: float = 1e-8
+    eps: float = field(default=1e-8, metadata=decides("result", above=0))
     """Adam's ε at the base."""
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            low = 0.0 if f.name in MAY_BE_ZERO else math.ulp(0.0)
-            high = 1.0 if f.name in ("beta1", "beta2") else math.inf
-            require(low <= value < high, f"hparams.{f.name}", value, f"be in [{low:g}, {high:g})")
-
-
-MAY_BE_ZERO = ("weight_decay", "beta1", "beta2", "init_std", "attn_mult")
+        settle(self, "hparams")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Learning-rate factor over the run: linear warm-up, then ``shape``."""
+    """Learning-rate factor over the run: linear warm-up, then ``shape``.
 
-    shape: Literal["constant", "linear", "cosine", "wsd", "own"] = "linear"
+    >>> from mupgpt.config.schedules import factor
+    >>> halved = Schedule(shape="linear", warmup=0.1, end=0.0)
+    >>> [round(factor(halved, step, 100), 3) for step in (4, 9, 55)]
+    [0.5, 1.0, 0.5]
+    """
+
+    shape: Literal["constant", "linear", "cosine", "wsd", "own"] = field(
+        default="linear", metadata=decides("result")
+    )
     """What follows the warm-up; ``own`` is all a function that was given from Python."""
-    warmup: float = 0.1
+    warmup: float = field(default=0.1, metadata=decides("result", 0, 1))
     """Warm-up as a fraction of the run."""
-    warmup_tokens: int = 0
+    warmup_tokens: int = field(default=0, metadata=decides("result", 0, TOKENS))
     """Warm-up in tokens; when given it replaces ``warmup``."""
-    end: float = 0.1
+    end: float = field(default=0.1, metadata=decides("result", 0, 1))
     """Final factor of the peak (0: to zero)."""
-    decay: float = 0.1
+    decay: float = field(default=0.1, metadata=decides("result", 0, 1))
     """``wsd`` only: the fraction of what follows the warm-up that is spent in the final decay."""
-    decay_shape: Literal["linear", "1-sqrt", "exponential", "cosine"] = "linear"
+    decay_shape: Literal["linear", "1-sqrt", "exponential", "cosine"] = field(
+        default="linear", metadata=decides("result")
+    )
     """``wsd`` only: how the factor falls from 1 to ``end``."""
-    digest: str = ""
+    digest: str = field(default="", metadata=decides("result"))
     """``own`` only: hash of the function's factors at every step of the run."""
 
     def __post_init__(self) -> None:
-        for name in ("warmup", "end", "decay"):
-            require(0 <= getattr(self, name) <= 1, f"schedule.{name}", getattr(self, name), "0 … 1")
+        settle(self, "schedule")
         geometric = self.shape == "wsd" and self.decay_shape == "exponential"
         require(self.end > 0 or not geometric, "schedule.end", self.end,
                 "be > 0 under an exponential decay, which never reaches 0")  # fmt: skip
-        require(self.warmup_tokens >= 0, "schedule.warmup_tokens", self.warmup_tokens, "be >= 0")
         given = (self.shape == "own") == bool(self.digest)
         require(given, "schedule.shape", self.shape,
                 "be one that has a name; a function of yours goes in from Python, "
@@ -256,80 +277,104 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the tokens come from."""
+    """Where the tokens come from.
 
-    source: str = "stdlib"
+    >>> DataConfig(source="package:json", eval_tokens=1024).tokenizer
+    'bytes'
+    """
+
+    source: str = field(default="stdlib", metadata=decides("result"))
     """``stdlib``, ``package:NAME``, a file, a folder, a glob, or token shards (``*.bin``)."""
-    tokenizer: Literal["bytes", "gpt2"] = "bytes"
+    tokenizer: Literal["bytes", "gpt2"] = field(default="bytes", metadata=decides("result"))
     """How text becomes tokens (shards carry theirs)."""
-    eval_tokens: int = 8192
+    eval_tokens: int = field(default=8192, metadata=decides("measure", above=0, high=TOKENS))
     """Held-out tokens that every evaluation uses."""
 
     def __post_init__(self) -> None:
-        require(self.eval_tokens > 0, "data.eval_tokens", self.eval_tokens, "be > 0")
+        settle(self, "data")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """What a run records, and how often."""
+    """What a run records, and how often.
 
-    log_every: int = 10
+    >>> TrackingConfig(log_every=100, wandb="off").keep
+    2
+    """
+
+    log_every: int = field(default=10, metadata=decides("record", above=0, high=STEPS))
     """Steps between two records of training metrics."""
-    health_every: int = 0
+    health_every: int = field(default=0, metadata=decides("record", 0, STEPS))
     """Steps between two measurements of weights and updates; 0 means as ``log_every``."""
-    watch: tuple[str, ...] = ()
+    watch: tuple[str, ...] = field(default=(), metadata=decides("record"))
     """Folders of narrower runs of this config: alarms say where this run leaves what they did."""
-    eval_every: int = 0
+    eval_every: int = field(default=0, metadata=decides("record", 0, STEPS))
     """Steps between two evaluations; 0 means ten in a run."""
-    checkpoint_every: int = 0
+    checkpoint_every: int = field(default=0, metadata=decides("record", 0, STEPS))
     """Steps between two checkpoints; 0 means five in a run."""
-    keep: int = 2
+    keep: int = field(default=2, metadata=decides("record", above=0, high=STEPS))
     """Verified checkpoints to keep."""
-    keep_steps: tuple[int, ...] = ()
+    keep_steps: tuple[int, ...] = field(default=(), metadata=decides("record", above=0, high=STEPS))
     """Steps whose checkpoints are written and stay beside those of ``keep``: branch points."""
-    wandb: Literal["off", "offline", "online"] = "offline"
+    wandb: Literal["off", "offline", "online"] = field(
+        default="offline", metadata=decides("record")
+    )
     """Mirror to Weights & Biases (the variable WANDB_MODE wins)."""
-    project: str = "mupgpt"
+    project: str = field(default="mupgpt", metadata=decides("record"))
     """wandb's project."""
 
     def __post_init__(self) -> None:
-        require(self.log_every > 0, "tracking.log_every", self.log_every, "be > 0")
-        require(self.keep > 0, "tracking.keep", self.keep, "be > 0")
+        settle(self, "tracking")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How a run is spread over processes and memory; it changes results by rounding only."""
+    """How a run is spread over processes and memory; it changes results by rounding only.
 
-    tensor: int = 1
+    >>> ParallelConfig(tensor=8).checkpointing
+    'auto'
+    """
+
+    tensor: int = field(default=1, metadata=decides("execution", above=0, high=WIDTH))
     """Processes that share one model's heads and d_ffn; the others divide the batch."""
-    checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    checkpointing: Literal["auto", "none", "selective", "full"] = field(
+        default="auto", metadata=decides("execution")
+    )
     """What the backward computes again instead of keeping: nothing, all but matrix products and
     attention, or whole blocks. ``auto``: the first that fits the GPU; nothing on a CPU."""
-    compile: bool = False
+    compile: bool = field(default=False, metadata=decides("execution"))
     """Compile each block (GPU)."""
 
     def __post_init__(self) -> None:
-        require(self.tensor > 0, "parallel.tensor", self.tensor, "be > 0")
+        settle(self, "parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The final loss said before the run, in nats per token; the run is held against it."""
+    """The final loss said before the run, in nats per token; the run is held against it.
 
-    loss: float = 0.0
+    Falsy when nothing was predicted.
+
+    >>> print(Prediction(loss=1.3, low=1.2, high=1.4, source="a ladder"))
+    1.3000, 95 % interval [1.2000, 1.4000] (a ladder)
+    >>> bool(Prediction())
+    False
+    """
+
+    loss: float = field(default=0.0, metadata=decides("record", 0))
     """The expected held-out loss; 0 means that nothing was predicted."""
-    low: float = 0.0
+    low: float = field(default=0.0, metadata=decides("record", 0))
     """Lower end of its interval."""
-    high: float = 0.0
+    high: float = field(default=0.0, metadata=decides("record", 0))
     """Upper end of its interval."""
-    level: float = 0.95
+    level: float = field(default=0.95, metadata=decides("record", above=0, high=1))
     """Share of runs that the interval is meant to hold."""
-    source: str = ""
+    source: str = field(default="", metadata=decides("record"))
     """The law, and the runs that it was fitted to."""
 
     def __post_init__(self) -> None:
-        ordered = 0 <= self.low <= self.loss <= self.high
+        settle(self, "prediction")
+        ordered = self.low <= self.loss <= self.high
         require(ordered, "prediction.loss", self.loss, "lie between prediction.low and .high")
 
     def __bool__(self) -> bool:
@@ -357,27 +402,31 @@ class TrainConfig:
     """Shape of the model."""
     base: Base
     """Dimensions at which ``hparams`` hold."""
-    rule: str = "mup"
+    rule: str = field(default="mup", metadata=decides("result"))
     """The parametrization."""
     hparams: HParams = field(default_factory=HParams)
     """Hyperparameters at the base."""
     schedule: Schedule = field(default_factory=Schedule)
     """Learning rate over the run."""
-    batch_size: int = 8
+    batch_size: int = field(default=8, metadata=decides("result", above=0, high=BATCH))
     """Sequences per optimizer step."""
-    steps: int = 0
+    steps: int = field(default=0, metadata=decides("result", 0, STEPS))
     """Optimizer steps; 0 means 200, or what ``phases`` add up to."""
-    phases: tuple[PhaseConfig, ...] = ()
+    phases: tuple[PhaseConfig, ...] = field(default=(), metadata=decides("result"))
     """Parts with contexts and batches of their own, in order, under one learning-rate line."""
-    accumulate: int = 1
+    accumulate: int = field(default=1, metadata=decides("execution", above=0, high=BATCH))
     """Micro-batches per step; must divide batch_size."""
-    grad_clip: float = 1.0
+    grad_clip: float = field(default=1.0, metadata=decides("result", 0))
     """Largest global gradient norm; 0 turns clipping off."""
     data: DataConfig = field(default_factory=DataConfig)
     """Corpus and tokenizer."""
-    precision: Literal["auto", "fp32", "fp64", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "fp64", "bf16"] = field(
+        default="auto", metadata=decides("result")
+    )
     """``auto`` is bf16 compute on a GPU and fp32 on a CPU."""
-    memory: Literal["auto", "exact", "split", "lean"] = "auto"
+    memory: Literal["auto", "exact", "split", "lean"] = field(
+        default="auto", metadata=decides("execution")
+    )
     """How the run is stored. ``exact``: all in fp32. ``split``: bf16 weights with the rest of the
     fp32 master beside them, bf16 gradients and moments. ``lean``: bf16 weights rounded
     stochastically. ``auto``: the first that fits the GPU (`mupgpt plan`); exact on a CPU."""
@@ -385,16 +434,14 @@ class TrainConfig:
     """Processes and recomputation."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Records and checkpoints."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=decides("result", 0, SEED))
     """Decides initialization and data order."""
     prediction: Prediction = field(default_factory=Prediction)
     """What a law expects of this run."""
 
     def __post_init__(self) -> None:
+        settle(self)
         self._resolve()
-        for name in ("batch_size", "steps", "accumulate"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "be > 0")
-        require(self.grad_clip >= 0, "grad_clip", self.grad_clip, "be >= 0 (0 turns it off)")
         half = self.precision in ("auto", "bf16") or self.memory in ("auto", "exact")
         require(half, "memory", self.memory, f"be 'exact' with precision = {self.precision!r}")
         for phase in self.course:

@@ -21,7 +21,7 @@ class Batches:
     The tokens are cut into windows of the longest context at an offset that differs by epoch; each
     epoch visits every window once, in an order given by a keyed permutation. A phase of a shorter
     context reads a batch of windows part by part, in as many steps, and the next phase goes on
-    behind them: no phase reads again what another has read in the same epoch.
+    after them: no phase reads again what another has read in the same epoch.
     """
 
     corpus: Corpus

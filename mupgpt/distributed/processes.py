@@ -182,7 +182,7 @@ class Grid:
     def spread(self, count: int) -> tuple[Tensor, int]:
         """Which of ``count`` things this row takes, as many as any other row, and how many count.
 
-        What is behind that number is filled up from the front, since all rows must take part in
+        What is beyond that number is filled up from the front, since all rows must take part in
         every forward.
 
         >>> Grid(data=2, data_rank=1).spread(3)

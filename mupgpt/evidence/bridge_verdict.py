@@ -1,6 +1,6 @@
 """Go or no-go: whether the transferred learning rate is the best one at sizes between.
 
-A rung is one population: its three learning rates on every seed, side by side, so that a seed sees
+A size is one population: its three learning rates on every seed, side by side, so that a seed sees
 the same initialization and data at each. Differences are therefore taken seed by seed.
 """
 
@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from mupgpt.data.corpus import load_corpus
-from mupgpt.evidence.ladder import Rung, run_one
+from mupgpt.evidence.stored_run import StoredRun, load_or_train
 from mupgpt.mutransfer.axes import axes_between
-from mupgpt.mutransfer.bridge import LR_FACTORS, BridgePlan, train_flops
+from mupgpt.mutransfer.bridge import LR_FACTORS, BridgePlan
 from mupgpt.tuning.curves import Curve, half_width
 from mupgpt.tuning.study import penalized
 from mupgpt.util.progress import Progress
@@ -29,20 +29,20 @@ Direction = Literal["down", "up"]
 
 @dataclass(frozen=True, eq=False)
 class BridgeRunVerdict:
-    """What one rung says of the transferred learning rate."""
+    """What one size says of the transferred learning rate."""
 
-    rung: Rung
+    run: StoredRun
 
     @property
     def width(self) -> int:
-        """d_model of the rung."""
-        return self.rung.config.model.d_model
+        """d_model of the size."""
+        return self.run.config.model.d_model
 
     @property
     def losses(self) -> np.ndarray:
         """Held-out loss, (factors, seeds), nats per token; a diverged run counts as ln V + 1."""
-        vocab_size = self.rung.config.model.vocab_size
-        losses = np.array([penalized(loss, vocab_size) for loss in self.rung.losses])
+        vocab_size = self.run.config.model.vocab_size
+        losses = np.array([penalized(loss, vocab_size) for loss in self.run.losses])
         return losses.reshape(len(LR_FACTORS), -1)
 
     @property
@@ -88,20 +88,20 @@ class BridgeRunVerdict:
 
 @dataclass(frozen=True, eq=False)
 class BridgeVerdict:
-    """Go or no-go for the target, from every rung."""
+    """Go or no-go for the target, from every size."""
 
     plan: BridgePlan
-    rungs: tuple[BridgeRunVerdict, ...]
+    sizes: tuple[BridgeRunVerdict, ...]
 
     @property
     def go(self) -> bool:
-        """Whether the transferred rate stands at every rung."""
-        return all(rung.direction is None for rung in self.rungs)
+        """Whether the transferred rate stands at every size."""
+        return all(size.direction is None for size in self.sizes)
 
     @property
     def direction(self) -> Direction | None:
-        """Where the optimum goes, by the widest rung that says so."""
-        moved = [rung.direction for rung in self.rungs if rung.direction]
+        """Where the optimum goes, by the widest size that says so."""
+        moved = [size.direction for size in self.sizes if size.direction]
         return moved[-1] if moved else None
 
     @property
@@ -109,7 +109,7 @@ class BridgeVerdict:
         """What to do after a no-go."""
         if self.go:
             return []
-        source, widest = self.plan.source, self.plan.rungs[-1]
+        source, widest = self.plan.source, self.plan.sizes[-1]
         lower = {"down": "lower", "up": "higher", None: ""}[self.direction]
         shared = [
             f"{a.name} {show(a.source)} → {show(a.target)}"
@@ -122,8 +122,8 @@ class BridgeVerdict:
             "with it",
             f"if it moves with width, rule {source.rule} does not hold here: mupgpt coord-check "
             f"--rule {source.rule}",
-            "if it moved by the same on every rung, what all rungs change has moved it" + aside,
-            f"either way sweep again at width {self.rungs[0].width} or more, with the target's "
+            "if it moved by the same at every size, what all sizes change has moved it" + aside,
+            f"either way sweep again at width {self.sizes[0].width} or more, with the target's "
             "depth, batch and text, and check again",
         ]
 
@@ -133,7 +133,7 @@ class BridgeVerdict:
         return [
             f"at width {r.width:,} another rate is better on average, within the noise: more "
             "--seeds would tell"
-            for r in self.rungs
+            for r in self.sizes
             if r.status == "within noise"
         ]
 
@@ -144,7 +144,7 @@ class BridgeVerdict:
             "direction": self.direction,
             "remedy": self.remedy,
             "warnings": self.warnings,
-            "results": [rung.to_dict() for rung in self.rungs],
+            "results": [size.to_dict() for size in self.sizes],
             "plan": self.plan.to_dict(),
         }
 
@@ -152,7 +152,7 @@ class BridgeVerdict:
         head = [f"lr × {factor:g}" for factor in LR_FACTORS]
         gains = [f"gain at × {f:g}, 95 %" for f in LR_FACTORS if f != 1.0]
         rows = [("width", *head, *gains, "best at 2^ (ends ±1), 95 %", "the rate's place")]
-        for r in self.rungs:
+        for r in self.sizes:
             means = (f"{x:.4f}" for x in r.losses.mean(axis=1))
             around = (f"{mean:+.4f} ± {half:.4f}" for mean, half in r.gains.values())
             best = "{:+.2f} ± {:.2f}".format(*r.optimum)
@@ -162,7 +162,7 @@ class BridgeVerdict:
         if self.go:
             lines.append(
                 f"GO: no other learning rate is better beyond the noise of {len(plan.seeds)} seeds "
-                f"(95 %, paired), at width {', '.join(show(r.width) for r in self.rungs)}"
+                f"(95 %, paired), at width {', '.join(show(r.width) for r in self.sizes)}"
             )
         else:
             lines.append(f"NO-GO: the optimum moves {self.direction} with size")
@@ -170,35 +170,56 @@ class BridgeVerdict:
         return "\n".join(lines + [f"warning: {line}" for line in self.warnings])
 
 
-def judge_bridge(plan: BridgePlan, rungs: tuple[Rung, ...]) -> BridgeVerdict:
-    """Go or no-go from finished rungs: no-go where a neighbour is better beyond seed noise.
+def judge_bridge(plan: BridgePlan, runs: tuple[StoredRun, ...]) -> BridgeVerdict:
+    """Go or no-go from finished runs, one a size: no-go where a neighbour is better beyond noise.
 
     That is when its gain over the transferred rate, paired over seeds, has a 95 % t-interval
     above 0.
+
+    >>> from mupgpt import plan_bridge, train_config
+    >>> plan = plan_bridge(train_config({"model": "cerebras-gpt-40m"}), "cerebras-gpt-13b")
+    >>> losses = (2.2, 2.3, 2.1, 2.2, 2.0, 2.1)  # half, once and twice the rate, two seeds each
+    >>> runs = tuple(StoredRun(config=c, seeds=(0, 1), losses=losses, corpus={})
+    ...              for c in plan.sizes)
+    >>> judge_bridge(plan, runs).direction
+    'up'
     """
-    return BridgeVerdict(plan, tuple(map(BridgeRunVerdict, rungs)))
+    return BridgeVerdict(plan, tuple(map(BridgeRunVerdict, runs)))
 
 
 def run_bridge(plan: BridgePlan, folder: Path | str) -> BridgeVerdict:
-    """Train the rungs that ``folder`` lacks, and judge all of them.
+    """Train the sizes that ``folder`` lacks, and judge all of them.
 
-    Raises KeyboardInterrupt when it is stopped: the rung in hand is lost, the same call goes on
+    Raises KeyboardInterrupt when it is stopped: the size in hand is lost, the same call goes on
     with it.
+
+    >>> import tempfile
+    >>> from mupgpt import plan_bridge, train_config
+    >>> model = {"n_layer": 1, "d_model": 8, "d_head": 8, "vocab_size": 257, "seq_len": 16}
+    >>> proxy = train_config({"model": model, "steps": 2, "batch_size": 2,
+    ...                       "hparams": {"beta2": 0.0},
+    ...                       "data": {"source": "package:json", "eval_tokens": 64}})
+    >>> plan = plan_bridge(proxy, {"model": {**model, "d_model": 24}, "steps": 4, "batch_size": 2},
+    ...                    seeds=(0, 1), max_share=10)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     found = run_bridge(plan, folder)
+    >>> [size.losses.shape for size in found.sizes]
+    [(3, 2)]
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     corpus = load_corpus(plan.target.data)
-    done, rungs = 0.0, []
-    with stop_flag() as stop, Progress("rungs") as progress:
-        for config in plan.rungs:
-            share = plan.runs * train_flops(config) / plan.flops
+    done, runs = 0.0, []
+    with stop_flag() as stop, Progress("bridge") as progress:
+        for config in plan.sizes:
+            share = plan.flops_of(config) / plan.flops
 
             def tell(part: float, done: float = done, share: float = share) -> None:
                 progress.update(round(1000 * (done + part * share)), 1000, "of the FLOPs")
-                if stop.is_set():
-                    raise KeyboardInterrupt
+                stop.check()
 
             path = folder / f"w{config.model.d_model}.json"
-            rungs.append(run_one(path, config, plan.seeds, corpus, tell, LR_FACTORS))
+            asked = StoredRun.asked(config, plan.seeds, corpus, LR_FACTORS)
+            runs.append(load_or_train(path, asked, corpus, tell))
             done += share
-    return judge_bridge(plan, tuple(rungs))
+    return judge_bridge(plan, tuple(runs))

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mupgpt.errors import require
-from mupgpt.evidence.coordinates import SEEDS, Slope, fit_slopes
+from mupgpt.evidence.coordinates import SEEDS
 from mupgpt.evidence.probes import Measures
+from mupgpt.evidence.slopes import Slope, fit_slopes
 from mupgpt.interop.adopt import Adopted
 from mupgpt.util.text import align
 
@@ -87,6 +88,16 @@ def coord_check_module(
     theory speaks of widths beyond the number of tokens. ``widths`` are what ``model_fn`` takes, or
     map a width to it. Gradients are not clipped. Raises `ConfigError` for fewer than three widths
     or seeds, or fewer than 10 steps.
+
+    >>> from mupgpt import adopt
+    >>> mlp = lambda d: nn.Sequential(nn.Linear(2, d), nn.ReLU(), nn.Linear(d, d), nn.ReLU(),
+    ...                               nn.Linear(d, 1))
+    >>> def loss(model, seed):
+    ...     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(seed))
+    ...     return (model(x) - x.prod(dim=1, keepdim=True)).square().mean()
+    >>> adopted = adopt(mlp, base=64, delta=128)
+    >>> coord_check_module(adopted, loss, (64, 128, 256), seeds=(0, 1, 2)).passed
+    True
     """
     sizes = dict(widths) if isinstance(widths, Mapping) else {width: width for width in widths}
     order, seeds = tuple(sorted(sizes)), tuple(dict.fromkeys(seeds))
@@ -134,7 +145,7 @@ def _rms(values: Sequence[Tensor]) -> Tensor:
 
 
 def _carried(adopted: Adopted, model: nn.Module) -> dict[str, float]:
-    """Layer → the multiplier in its output that theory has behind it."""
+    """Layer → the multiplier in its output that theory asks for."""
     inside = {}
     for name, factor in adopted.carried(model).items():
         part = adopted.reading.parts[adopted.reading.locate(name)[0]]

@@ -38,7 +38,14 @@ HEAD_WIDTHS = ("head_dim", "d_head", "head_size", "attention_head_size")
 
 @dataclass(frozen=True, kw_only=True)
 class Adopted:
-    """A kind of module under a rule, as `adopt` returns it; each ``model`` is a module of it."""
+    """A kind of module under a rule, as `adopt` returns it; each ``model`` is a module of it.
+
+    >>> mlp = lambda d: nn.Sequential(nn.Linear(7, d), nn.ReLU(), nn.Linear(d, 3))
+    >>> adopted = adopt(mlp, base=64, delta=128)
+    >>> model = adopted.build(256, seed=0)
+    >>> [len(group["names"]) for group in adopted.param_groups(model)]
+    [1, 1, 1, 1]
+    """
 
     model_fn: Callable[[Any], nn.Module]
     rule: Rule

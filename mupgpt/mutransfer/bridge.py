@@ -1,8 +1,8 @@
 """Between proxy and target: small runs with half, once and twice the transferred learning rate.
 
-Each rung is the target at a smaller width, with the target's depth, batch, context and text, and as
-many steps as a stated share of its training FLOPs allows. Where the tuned learning rate is right
-for the target it is the best of the three on every rung.
+The bridge has two or three sizes. Each is the target at a smaller width, with the target's depth,
+batch, context and text, and as many steps as a stated share of its training FLOPs allows. Where the
+tuned learning rate is right for the target it is the best of the three at every size.
 """
 
 import dataclasses
@@ -17,31 +17,37 @@ from mupgpt.config.plain import to_dict
 from mupgpt.config.schedules import least_warmup, warmup_steps
 from mupgpt.config.schema import GPTConfig, Prediction, TrainConfig
 from mupgpt.errors import ConfigError, require
-from mupgpt.mutransfer.axes import AXES
 from mupgpt.mutransfer.transfer import transfer
 from mupgpt.mutransfer.tuned import Tuned
-from mupgpt.planning.flops import flops_per_token
+from mupgpt.parametrization.axes import AXES
+from mupgpt.planning.flops import run_flops
 from mupgpt.util.text import align, number, show
 
-__all__ = ["LR_FACTORS", "MAX_SHARE", "BridgePlan", "plan_bridge", "train_flops", "with_lr"]
+__all__ = ["LR_FACTORS", "MAX_SHARE", "BridgePlan", "plan_bridge", "with_lr"]
 
 LR_FACTORS = (0.5, 1.0, 2.0)
 MAX_SHARE = 0.01
-MANY = 16  # from this ratio of widths on three rungs, else two
+MANY = 16  # from this ratio of widths on three sizes, else two
 
 
 @dataclass(frozen=True, kw_only=True)
 class BridgePlan:
-    """The rungs between a proxy and its target, and what they cost."""
+    """The sizes between a proxy and its target, and what they cost; `plan_bridge` makes it.
+
+    >>> from mupgpt.resolve import train_config
+    >>> plan = plan_bridge(train_config({"model": "cerebras-gpt-40m"}), "cerebras-gpt-13b")
+    >>> plan.runs * len(plan.sizes), round(plan.share, 4)
+    (27, 0.01)
+    """
 
     source: TrainConfig
     """The tuned run."""
     target: TrainConfig
     """What `transfer` makes of it at the target."""
-    rungs: tuple[TrainConfig, ...]
-    """One run a rung, narrowest first, with the transferred learning rate."""
+    sizes: tuple[TrainConfig, ...]
+    """One run a size, narrowest first, with the transferred learning rate."""
     seeds: tuple[int, ...]
-    """Each rung trains every learning rate once per seed, on common random numbers."""
+    """Each size trains every learning rate once per seed, on common random numbers."""
     max_share: float
     """Share of the target's training FLOPs that all runs may take together."""
     shrunk: tuple[str, ...]
@@ -49,28 +55,30 @@ class BridgePlan:
 
     @property
     def runs(self) -> int:
-        """Runs of one rung."""
+        """Runs of one size."""
         return len(LR_FACTORS) * len(self.seeds)
 
     @property
     def flops(self) -> float:
         """Training FLOPs of all runs, convention ``palm``."""
-        return sum(self.runs * train_flops(rung) for rung in self.rungs)
+        return sum(map(self.flops_of, self.sizes))
 
     @property
     def share(self) -> float:
         """All runs' FLOPs over the target's."""
-        return self.flops / train_flops(self.target)
+        return self.flops / run_flops(self.target, self.target.steps)
+
+    def flops_of(self, size: TrainConfig) -> float:
+        """Training FLOPs of all runs of one size, convention ``palm``."""
+        return self.runs * run_flops(size, size.steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; each config is what `train_config` accepts."""
         return {
-            "rungs": [
-                {"flops": self.runs * train_flops(c), "config": to_dict(c)} for c in self.rungs
-            ],
+            "sizes": [{"flops": self.flops_of(c), "config": to_dict(c)} for c in self.sizes],
             "lr_factors": list(LR_FACTORS),
             "seeds": list(self.seeds),
-            "runs": self.runs * len(self.rungs),
+            "runs": self.runs * len(self.sizes),
             "flops": self.flops,
             "flops_convention": "palm",
             "share": self.share,
@@ -80,32 +88,32 @@ class BridgePlan:
         }
 
     def to_toml(self) -> dict[str, str]:
-        """File name → the config of one rung and learning rate, as ``mupgpt train`` takes it."""
+        """File name → the config of one size and learning rate, as ``mupgpt train`` takes it."""
         import tomli_w
 
         return {
             f"w{c.model.d_model}-lr{factor:g}.toml": tomli_w.dumps(to_dict(with_lr(c, factor)))
-            for c in self.rungs
+            for c in self.sizes
             for factor in LR_FACTORS
         }
 
     def __str__(self) -> str:
-        whole = train_flops(self.target)
+        whole = run_flops(self.target, self.target.steps)
         rows = [
             ("width", "over proxy", "layers", "batch", "steps", "runs", "FLOPs (palm)", "share")
         ]
         rows += [
             (show(c.model.d_model), f"× {c.model.d_model / self.source.model.d_model:.3g}",
              show(c.model.n_layer), f"{c.batch_size} × {c.model.seq_len}", show(c.steps),
-             show(self.runs), number(self.runs * train_flops(c)),
-             percent(self.runs * train_flops(c) / whole))
-            for c in self.rungs
+             show(self.runs), number(self.flops_of(c)),
+             percent(self.flops_of(c) / whole))
+            for c in self.sizes
         ]  # fmt: skip
-        rows.append(("together", "", "", "", "", show(self.runs * len(self.rungs)),
+        rows.append(("together", "", "", "", "", show(self.runs * len(self.sizes)),
                      number(self.flops), percent(self.share)))  # fmt: skip
         t = self.target
         return "\n".join([
-            f"rungs from width {self.source.model.d_model:,} to {t.model.d_model:,} under rule "
+            f"sizes from width {self.source.model.d_model:,} to {t.model.d_model:,} under rule "
             f"{t.rule}: lr {t.hparams.lr:.4g} × {', '.join(f'{f:g}' for f in LR_FACTORS)}; seeds "
             f"{', '.join(map(str, self.seeds))}",
             "",
@@ -127,11 +135,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 1 else f"{100 * share:.0f} %"
 
 
-def train_flops(config: TrainConfig) -> float:
-    """Training FLOPs of one run, convention ``palm``."""
-    return flops_per_token(config.model) * config.tokens
-
-
 def with_lr(config: TrainConfig, factor: float) -> TrainConfig:
     """The run with its learning rate times ``factor``."""
     hparams = dataclasses.replace(config.hparams, lr=config.hparams.lr * factor)
@@ -145,16 +148,16 @@ def plan_bridge(
     seeds: Sequence[int] = (0, 1, 2),
     max_share: float = MAX_SHARE,
 ) -> BridgePlan:
-    """The rungs between tuned hyperparameters and the target ``to`` (as `transfer` takes them).
+    """The sizes between tuned hyperparameters and the target ``to`` (as `transfer` takes them).
 
-    Widths are spread evenly in the logarithm; steps are equal on all rungs, at most the target's
+    Widths are spread evenly in the logarithm; steps are equal at all sizes, at most the target's
     and at least the proxy's, since a shorter horizon moves the best learning rate by itself. When
-    ``max_share`` of the target's FLOPs does not reach that far, the rungs become narrower. Raises
+    ``max_share`` of the target's FLOPs does not reach that far, the sizes become narrower. Raises
     ConfigError when not even the narrowest fits, or no width lies in between.
 
     >>> from mupgpt.resolve import train_config
     >>> plan = plan_bridge(train_config({"model": "cerebras-gpt-40m"}), "cerebras-gpt-13b")
-    >>> [(c.model.d_model, c.model.n_layer, c.steps) for c in plan.rungs]
+    >>> [(c.model.d_model, c.model.n_layer, c.steps) for c in plan.sizes]
     [(384, 40, 1590), (768, 40, 1590), (1280, 40, 1590)]
     """
     distinct = len(set(seeds)) == len(seeds) >= 2
@@ -162,16 +165,16 @@ def plan_bridge(
     require(max_share > 0, "max_share", max_share, "be > 0 (a share of the target's FLOPs)")
     source = source.config if isinstance(source, Tuned) else source
     target = transfer(source, to, AXES).config
-    ladders = _ladders(source.model.d_model, target.model)
-    widths, steps = _fit(source, target, ladders, len(LR_FACTORS) * len(seeds), max_share)
+    choices = _choices(source.model.d_model, target.model)
+    widths, steps = _fit(source, target, choices, len(LR_FACTORS) * len(seeds), max_share)
     changes = [
-        ("widths", _list(ladders[0]), _list(widths)),
+        ("widths", _list(choices[0]), _list(widths)),
         ("steps", show(target.steps), show(steps)),
     ]
     return BridgePlan(
         source=source,
         target=target,
-        rungs=tuple(_rung(source, target, width, steps) for width in widths),
+        sizes=tuple(_size(source, target, width, steps) for width in widths),
         seeds=tuple(seeds),
         max_share=max_share,
         shrunk=tuple(f"{name} {old} → {new}" for name, old, new in changes if old != new),
@@ -182,8 +185,8 @@ def _list(widths: Sequence[int]) -> str:
     return ", ".join(map(show, widths))
 
 
-def _ladders(low: int, target: GPTConfig) -> list[tuple[int, ...]]:
-    """What the rungs' widths may be, best first: evenly spread in log width, ever less far."""
+def _choices(low: int, target: GPTConfig) -> list[tuple[int, ...]]:
+    """What the sizes' widths may be, best first: evenly spread in log width, ever less far."""
     candidates, m = _candidates(low, target), target.d_model / low
     count = 3 if m >= MANY else 2
     best = _nearest(candidates, low * m ** (count / (count + 1)))
@@ -224,41 +227,48 @@ def _keeps_ratios(model: GPTConfig, width: int) -> bool:
 def _fit(
     source: TrainConfig,
     target: TrainConfig,
-    ladders: Sequence[tuple[int, ...]],
+    choices: Sequence[tuple[int, ...]],
     runs: int,
     max_share: float,
 ) -> tuple[tuple[int, ...], int]:
-    """The widest rungs, and their steps, that ``max_share`` allows."""
+    """The widest sizes, and their steps, that ``max_share`` allows."""
     warm = 2 * least_warmup(target.hparams.beta2)  # a warm-up is at most half of a run
     least = min(target.steps, max(source.steps, warm))
-    whole, needed = train_flops(target), math.inf
-    for widths in ladders:
-        per_token = runs * sum(flops_per_token(target.model.widen(width)) for width in widths)
-        lengths, tokens = range(1, target.steps + 1), max_share * whole / per_token
-        steps = bisect_right(lengths, tokens, key=target.tokens_at)
+    whole, needed = run_flops(target, target.steps), math.inf
+    for widths in choices:
+        narrow = [_widened(target, source, width) for width in widths]
+
+        def share(steps: int, narrow: Sequence[TrainConfig] = narrow) -> float:
+            return runs * sum(run_flops(config, steps) for config in narrow) / whole
+
+        steps = bisect_right(range(1, target.steps + 1), max_share, key=share)
         if steps >= least:
             return widths, steps
-        needed = min(needed, per_token * target.tokens_at(least) / whole)
+        needed = min(needed, share(least))
     raise ConfigError(
         f"max_share = {max_share:g}: {runs} runs of {least:,} steps (as long as the proxy, and "
-        f"twice 2/(1 − β₂)) at width {ladders[-1][0]:,} alone take {percent(needed)} of the "
+        f"twice 2/(1 − β₂)) at width {choices[-1][0]:,} alone take {percent(needed)} of the "
         f"target's FLOPs; allow that much: --max-share {math.ceil(1000 * needed) / 1000:g}"
     )
 
 
-def _rung(source: TrainConfig, target: TrainConfig, width: int, steps: int) -> TrainConfig:
+def _widened(target: TrainConfig, source: TrainConfig, width: int) -> TrainConfig:
+    """The target at a smaller width, in the source's processes: it may have too few heads."""
+    return dataclasses.replace(
+        target, model=target.model.widen(width), parallel=source.parallel, prediction=Prediction()
+    )
+
+
+def _size(source: TrainConfig, target: TrainConfig, width: int, steps: int) -> TrainConfig:
     """The target at another width and horizon, as `transfer` takes the source there.
 
     The warm-up is the target's fraction of the run.
     """
     warm = warmup_steps(target.schedule, target.steps, target.tokens_per_step)
-    rung = dataclasses.replace(
-        target,
-        model=target.model.widen(width),
+    size = dataclasses.replace(
+        _widened(target, source, width),
         steps=steps,
         phases=lasting(target.phases, steps),
         schedule=dataclasses.replace(target.schedule, warmup=warm / target.steps, warmup_tokens=0),
-        parallel=source.parallel,  # a rung may have fewer heads than the target has processes
-        prediction=Prediction(),
     )
-    return transfer(source, to_dict(rung), AXES).config
+    return transfer(source, to_dict(size), AXES).config

@@ -23,7 +23,7 @@ STATUS: Mapping[str, Status] = {"covered": "fine", "heuristic": "caution", "unsu
 
 YANG = "Yang et al. 2022 (arXiv 2203.03466)"
 CEREBRAS = "Cerebras-GPT (arXiv 2304.03208)"
-LEAST = {"depth": 4, "batch (sequences)": 32, "context": 128, "steps": 5000}
+LEAST = {"depth": 4, "batch": 32, "context": 128, "steps": 5000}
 """From which size on transfer was seen (Yang et al. 2022, section 6.1)."""
 LEAST_WIDTH = 128  # the narrowest curve of Yang et al., figure 1; their section 6.1 asks for 256
 LEAST_HEADS = 4  # those of Cerebras-GPT's 40M proxy
@@ -51,7 +51,12 @@ class Criterion:
 
 @dataclass(frozen=True)
 class ProxyCheck:
-    """Every criterion, and whether the proxy is adequate."""
+    """Every criterion, and whether the proxy is adequate; `check_proxy` makes it.
+
+    >>> steps = Criterion("steps", "no", 10, 1000, "too few", "here")
+    >>> ProxyCheck((steps,)).adequate
+    False
+    """
 
     criteria: tuple[Criterion, ...]
 
@@ -133,7 +138,7 @@ def _width(axis: Axis, proxy: TrainConfig, target: TrainConfig) -> Criterion:
     why = {
         "fine": f"at least {LEAST_WIDTH}, the narrowest published curve (its paper asks for 256)",
         "caution": f"under {LEAST_WIDTH}, the narrowest published curve: finite width may still "
-        "show; widen it, or check sizes in between: mupgpt rungs",
+        "show; widen it, or check sizes in between: mupgpt bridge",
     }[status]
     return replace(found, status=status, why=why, source=f"{YANG}, figure 1 and section 6.1")
 
@@ -191,7 +196,7 @@ JUDGES: Mapping[str, Callable[[Axis, TrainConfig, TrainConfig], Criterion]] = {
     "d_head": _d_head,
     "depth": _depth,
     "tokens/parameter": _tokens,
-    **dict.fromkeys(("context", "batch (sequences)", "steps"), _scale),
+    **dict.fromkeys(("context", "batch", "steps"), _scale),
 }
 """Axis → how it is judged, where that takes more than asking the rule."""
 
@@ -200,7 +205,7 @@ def _ratio(proxy: TrainConfig, target: TrainConfig) -> Criterion:
     m = target.model.d_model / proxy.model.d_model
     used = max(m, 1 / m) <= USED_RATIO
     where = f"{'at most' if used else 'over'} {USED_RATIO}, with which a 30B model was trained"
-    remedy = "" if used else "; widen the proxy, or check sizes in between: mupgpt rungs"
+    remedy = "" if used else "; widen the proxy, or check sizes in between: mupgpt bridge"
     status: Status = "fine" if used else "caution"
     source = "Jais-30B's config in Cerebras' Model Zoo (7168 over 256)"
     return Criterion("width ratio", status, 1, m, where + remedy, source)

@@ -12,16 +12,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mupgpt.config.plain import to_dict
+from mupgpt.config.fields import differing
+from mupgpt.config.plain import finite, to_dict
 from mupgpt.config.schedules import least_warmup, warmup_steps
 from mupgpt.config.schema import Prediction, TrainConfig
-from mupgpt.errors import ConfigError, unknown
-from mupgpt.mutransfer.axes import AXES, Axis, axes_between, corpus_name
+from mupgpt.errors import ConfigError
+from mupgpt.mutransfer.axes import Axis, axes_between
 from mupgpt.mutransfer.choices import Choice, chosen
 from mupgpt.mutransfer.tuned import Tuned, Uncertainty
+from mupgpt.parametrization.axes import find_axis
 from mupgpt.parametrization.layout import count_params
 from mupgpt.parametrization.rules import Rule, get_rule
 from mupgpt.parametrization.table import ParamTable, parametrize
+from mupgpt.presets import PRESETS
 from mupgpt.resolve import overlay, train_config
 from mupgpt.util.text import show
 
@@ -40,7 +43,12 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferPlan:
-    """The target's config with an account of how it came about."""
+    """The target's config with an account of how it came about; `transfer` makes it.
+
+    >>> plan = transfer("cerebras-gpt-40m", to="cerebras-gpt-13b")
+    >>> [axis.name for axis in plan.axes]
+    ['width', 'd_head', 'depth', 'batch (sequences)', 'steps', 'tokens/parameter']
+    """
 
     config: TrainConfig
     source: TrainConfig
@@ -79,8 +87,8 @@ class TransferPlan:
                 for choice in self.choices
             ],
             "decay_time": {
-                "source": _finite(decay_time(self.source)),
-                "target": _finite(decay_time(self.config)),
+                "source": finite(decay_time(self.source)),
+                "target": finite(decay_time(self.config)),
             },
             "prediction": to_dict(self.prediction) if self.prediction else None,
             "source": to_dict(self.source),
@@ -149,11 +157,6 @@ class TransferPlan:
         return lines
 
 
-def _finite(value: float) -> float | None:
-    """JSON has no infinity: without weight decay there is no averaging time."""
-    return value if math.isfinite(value) else None
-
-
 def decay_time(config: TrainConfig) -> float:
     """AdamW's averaging time of the hidden matrices as a fraction of the run, 1/(lr·λ·steps).
 
@@ -169,23 +172,25 @@ def decay_time(config: TrainConfig) -> float:
 
 
 def transfer(
-    source: Tuned | TrainConfig,
+    source: Tuned | TrainConfig | str,
     to: str | Mapping[str, Any],
     accept: Iterable[str] = (),
     choose: Iterable[str] = (),
 ) -> TransferPlan:
     """The plan that takes tuned hyperparameters to another size.
 
-    ``to`` is a preset's name or plain config data (its ``steps``, ``batch_size`` and ``data`` are
-    the target's recipe; rule, base and hyperparameters come from the source). An axis that differs
-    and that nothing covers must be named in ``accept``; ``choose`` names what to do beside the rule
-    (`mupgpt.mutransfer.choices.CHOICES`).
+    ``source`` is what a sweep found (`best_hparams`), a run, or a preset's name, for its published
+    values. ``to`` is a preset's name or plain config data (its ``steps``, ``batch_size`` and
+    ``data`` are the target's recipe; rule, base and hyperparameters come from the source). An axis
+    that differs and that nothing covers must be named in ``accept``; ``choose`` names what to do
+    beside the rule (`mupgpt.mutransfer.choices.CHOICES`). Raises `ConfigError` for an axis that was
+    not accepted, and for a name that is no preset's.
 
-    >>> source = train_config({"model": "cerebras-gpt-40m"})
-    >>> plan = transfer(source, to="cerebras-gpt-13b")
+    >>> plan = transfer("cerebras-gpt-40m", to="cerebras-gpt-13b")
     >>> f"{plan.table.site('blocks.*.attn.q.weight').lr:.1e}"
     '3.0e-04'
     """
+    source = _published(source) if isinstance(source, str) else source
     tuned = source if isinstance(source, Tuned) else None
     config = source.config if isinstance(source, Tuned) else source
     rule = get_rule(config.rule)
@@ -198,6 +203,15 @@ def transfer(
         config=target, source=config, origin=_origin(tuned), axes=axes, changes=tuple(changes),
         choices=choices,
     )  # fmt: skip
+
+
+def _published(name: str) -> TrainConfig:
+    if name not in PRESETS:
+        raise ConfigError(
+            f"source = {name!r}: no preset of that name; the result of a sweep is taken as "
+            f"transfer(best_hparams({name!r}), …)"
+        )
+    return train_config({"model": name})
 
 
 def _origin(tuned: Tuned | None) -> dict[str, Any]:
@@ -226,10 +240,8 @@ def _phases(c: TrainConfig) -> str:
 
 
 def _refuse(axes: tuple[Axis, ...], accept: tuple[str, ...], rule: Rule) -> None:
-    for name in accept:
-        if name not in AXES:
-            raise unknown("axis to accept", name, AXES)
-    open_axes = [a for a in axes if a.status == "unsupported" and a.name not in accept]
+    accepted = {find_axis(name, "axis to accept").name for name in accept}
+    open_axes = [a for a in axes if a.status == "unsupported" and a.name not in accepted]
     if open_axes:
         listed = "; ".join(f"{a.name} {show(a.source)} → {show(a.target)}" for a in open_axes)
         flags = " ".join(f"--accept '{a.name}'" if " " in a.name else f"--accept {a.name}"
@@ -248,12 +260,11 @@ def _move(
         Change(f"model.{name}", old, new, "the target's shape")
         for name, old, new in _differences(source.model, target.model)
     ]
-    labels = {"data": corpus_name, "phases": _phases}
-    for name in ("batch_size", "steps", "phases", "accumulate", "grad_clip", "precision", "seed",
-                 "data"):  # fmt: skip
-        if getattr(source, name) != getattr(target, name):
-            label = labels.get(name, lambda c, n=name: getattr(c, n))
-            changes.append(Change(name, label(source), label(target), "the target's recipe"))
+    recipe = differing(source, target, "result", "measure", "execution", apart=TOLD)
+    for name, old, new in recipe:
+        if name == "phases":
+            old, new = _phases(source), _phases(target)
+        changes.append(Change(name, old, new, "the target's recipe"))
     whys: dict[str, str] = {}
     steps = [(f"choice {choice.name}", choice.move) for choice in choices]
     for why, step in (*steps, ("at least 2/(1 − β₂) steps", _warm)):
@@ -274,6 +285,10 @@ def _settings(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
         for part in ("hparams", "schedule")
         for name, old, new in _differences(getattr(a, part), getattr(b, part))
     ]
+
+
+TOLD = ("model", "rule", "base", "hparams", "schedule")
+"""What a transfer tells of by itself: the shape, the tuned values, and what choices move."""
 
 
 def _differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mupgpt.model.own_table import require_own_table
 from mupgpt.model.shards import mesh_of
 from mupgpt.parametrization.table import ParamRow, ParamTable
 
@@ -27,7 +28,7 @@ def param_groups(
     Give an optimizer of your own the base's rate too, ``SomeOptimizer(groups, lr=table.lr)``: other
     libraries' schedulers read ``optimizer.defaults["lr"]``.
 
-    Raises ValueError for a parameter without a row, or a row without a parameter.
+    Raises `ConfigError` for the table of another shape.
 
     >>> from mupgpt.config.schema import Base, GPTConfig, HParams
     >>> from mupgpt.model.gpt import GPT
@@ -40,10 +41,9 @@ def param_groups(
     """
     solo = isinstance(tables, ParamTable)
     by_member = [tables] if isinstance(tables, ParamTable) else list(tables)
-    named = dict(model.named_parameters())
-    _same_names(set(named), set(by_member[0].rows))
+    require_own_table(model, by_member)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for name, p in named.items():
+    for name, p in model.named_parameters():
         rows = [table.rows[name] for table in by_member]
         values = {key: _values(rows, key, solo) for key in FROM_ROWS}
         # Fused updates want tensors of one mesh.
@@ -61,12 +61,6 @@ def param_groups(
 def _values(rows: Sequence[ParamRow], key: str, solo: bool) -> Any:
     values = tuple(getattr(row, key) for row in rows)
     return values[0] if solo else values
-
-
-def _same_names(in_model: set[str], in_table: set[str]) -> None:
-    if odd := sorted(in_model ^ in_table):
-        where = "the model" if odd[0] in in_model else "the table"
-        raise ValueError(f"parameter {odd[0]!r} is only in {where}: the table is of another shape")
 
 
 def of_member(group: dict[str, Any], k: int) -> dict[str, Any]:

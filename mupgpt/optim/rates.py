@@ -42,7 +42,7 @@ def assert_rates(
 ) -> None:
     """Our promise: each parameter of ``model`` is stepped once, at ``factor`` × the table's rate.
 
-    Whatever replaces parameters behind an optimizer's back, or rates, breaks µP without a word.
+    Whatever replaces parameters or rates without an optimizer's knowledge breaks µP without a word.
     """
     groups = optimizer.param_groups
     stepped = [pair for g in groups for pair in zip(g["names"], map(id, g["params"]), strict=True)]

@@ -32,14 +32,14 @@ def branch_config(stem: TrainConfig, at: int, steps: int, **decay: Any) -> Train
 
     >>> stem = train_config({"model": "proxy-32", "steps": 200, "schedule": {"shape": "constant"}})
     >>> branched = branch_config(stem, at=110, steps=140, decay_shape="1-sqrt", end=0.0)
-    >>> branched.schedule.shape, branched.schedule.decay  # 30 of the 120 steps behind the warm-up
+    >>> branched.schedule.shape, branched.schedule.decay  # 30 of the 120 steps after the warm-up
     ('wsd', 0.25)
     """
     require(steps > at, "steps", steps, f"be beyond the branch point, step {at}")
     unit = stem.tokens_per_step  # the schedule's axis is tokens, in steps of the first phase
     warm = warmup_steps(stem.schedule, stem.tokens / unit, unit)
     total, start = tokens_at(lasting(stem.course, steps), steps) / unit, stem.tokens_at(at) / unit
-    require(start >= warm, "at", at, f"lie behind the warm-up, which ends at step {warm}")
+    require(start >= warm, "at", at, f"lie after the warm-up, which ends at step {warm}")
     schedule = dataclasses.replace(
         stem.schedule,
         shape="wsd",

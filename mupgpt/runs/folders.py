@@ -1,12 +1,12 @@
 """Run folders of the Trainer as the input of scaling laws: finished runs, and loss curves."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mupgpt.config.fields import differing
 from mupgpt.config.plain import load_toml
 from mupgpt.config.schedules import lr_factor, warmup_steps
 from mupgpt.config.schema import TrainConfig
@@ -21,7 +21,8 @@ from mupgpt.training.metrics import STEP, VAL_LOSS, read_metrics
 __all__ = ["read_curves", "read_folders", "step_rates"]
 
 SETTLING = 3  # warm-ups to leave out of a curve: no law of annealing holds there yet
-MAY_DIFFER = ("schedule", "steps", "seed", "parallel", "tracking", "prediction")
+VARIED = ("schedule", "steps", "seed")
+"""What the curves of one law of annealing may differ in: it speaks of nothing else."""
 
 
 def read_folders(folders: Sequence[Path], convention: str = "6N") -> Runs:
@@ -71,16 +72,15 @@ def _same(first: Path, a: Any, second: Path, b: Any, name: str) -> None:
 
 
 def read_curves(folders: Sequence[Path], begin: int = 0) -> list[LossCurve]:
-    """The held-out loss of each run behind step ``begin`` (0: behind three warm-ups).
+    """The held-out loss of each run after step ``begin`` (0: after three warm-ups).
 
     Raises ConfigError for runs that differ in more than schedule, steps and seed.
     """
     runs = [_read(folder) for folder in folders]
     for folder, (config, _) in zip(folders, runs, strict=True):
-        for field in dataclasses.fields(TrainConfig):
-            if field.name not in MAY_DIFFER:
-                ours, theirs = getattr(runs[0][0], field.name), getattr(config, field.name)
-                _same(folders[0], ours, folder, theirs, field.name)
+        differences = differing(runs[0][0], config, "result", "measure", apart=VARIED)
+        for name, ours, theirs in differences:
+            _same(folders[0], ours, folder, theirs, name)
     return [_curve(config, records, begin) for config, records in runs]
 
 
@@ -89,7 +89,7 @@ def _curve(config: TrainConfig, records: list[dict[str, Any]], begin: int) -> Lo
     kept = [record for record in records if record[STEP] > (begin or SETTLING * warm)]
     if not kept:
         raise ConfigError(
-            f"begin = {begin or SETTLING * warm}: the run has no evaluation behind that step"
+            f"begin = {begin or SETTLING * warm}: the run has no evaluation after that step"
         )
     steps = np.array([record[STEP] - 1 for record in kept])  # counted from 0
     return LossCurve(lr=step_rates(config), steps=steps, loss=np.array([r[VAL_LOSS] for r in kept]))

@@ -24,7 +24,12 @@ def load_run(
     """The model of a run's newest good checkpoint, table applied, and its tokenizer.
 
     ``context`` and ``alibi_scaling`` replace `GPTConfig.seq_len` and `GPTConfig.alibi_scaling`, to
-    read longer contexts than the run was trained on.
+    read longer contexts than the run was trained on. Raises `ConfigError` for a folder without a
+    checkpoint.
+
+    >>> load_run("nowhere")
+    Traceback (most recent call last):
+    mupgpt.errors.ConfigError: nowhere has no checkpoint; train there first: mupgpt train …
     """
     checkpoint = load_newest(Path(folder) / "checkpoints", set_aside=False)
     if checkpoint is None:
@@ -57,6 +62,13 @@ def sample(
 
     ``temperature`` 0 takes the most likely token; ``top_k`` keeps that many (0: all). A context
     that is full is cut to its second half and read again.
+
+    >>> from mupgpt import Base, GPTConfig, HParams, init_weights, parametrize
+    >>> shape = GPTConfig(n_layer=1, d_model=8, d_head=8, vocab_size=9, seq_len=4)
+    >>> model = GPT(shape)
+    >>> init_weights(model, parametrize(shape, Base.of(shape), HParams(), "mup"), 0)
+    >>> len(list(sample(model, torch.tensor([3, 4]), max_tokens=6, temperature=0)))
+    6
     """
     require(temperature == 0 or temperature >= 1e-3, "temperature", temperature, "be 0 or >= 1e-3")
     require(top_k >= 0, "top_k", top_k, "be >= 0 (0 keeps all)")

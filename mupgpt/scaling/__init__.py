@@ -37,6 +37,7 @@ from mupgpt.scaling.runs import Runs, read_replication, read_runs
 from mupgpt.scaling.sizes import average_params, average_params_along, sparse_params
 from mupgpt.scaling.steptime import (
     ShapeChoice,
+    Shapes,
     StepTimeFit,
     best_shape,
     fit_step_time,
@@ -72,6 +73,7 @@ __all__ = [
     "PowerFit",
     "Runs",
     "ShapeChoice",
+    "Shapes",
     "StepTimeFit",
     "SweepOptimum",
     "adamw_timescale",

@@ -22,6 +22,8 @@ from mupgpt.scaling.resample import (
 from mupgpt.scaling.robust import minimize_huber, separable_start
 from mupgpt.scaling.runs import FloatArray, IntArray, need_distinct, need_runs, positive
 
+__all__ = ["AnnealingFit", "LossCurve", "annealing_areas", "fit_annealing"]
+
 BLOCKS_PER_CURVE = 10
 
 

@@ -10,7 +10,9 @@ from numpy.typing import ArrayLike
 
 from mupgpt.scaling.linear import PowerFit, fit_loglog
 from mupgpt.scaling.resample import LEVEL, Interval, fit_curve, intervals_of
-from mupgpt.scaling.runs import FloatArray, need_distinct, need_runs, positive, same_length
+from mupgpt.scaling.runs import FloatArray, as_columns, need_distinct, need_runs
+
+__all__ = ["CriticalBatchFit", "fit_batch_law", "fit_critical_batch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +58,7 @@ def fit_critical_batch(
     >>> round(fit.d_min), round(fit.b_crit)
     (1000000000, 1000000)
     """
-    sizes, spent = positive("batch", batch), positive("tokens", tokens)
-    same_length(batch=sizes, tokens=spent)
+    sizes, spent = as_columns(batch=batch, tokens=tokens).values()
     need_runs("batch", sizes, 3, "the critical-batch law")
     need_distinct("batch", sizes, 3, "the critical-batch law")
     x, z = np.log(sizes), np.log(spent)

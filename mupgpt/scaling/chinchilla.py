@@ -21,6 +21,17 @@ from mupgpt.scaling.resample import (
 from mupgpt.scaling.robust import huber_sum, minimize_huber
 from mupgpt.scaling.runs import FloatArray, IntArray, Runs, need_distinct, need_runs
 
+__all__ = [
+    "HOFFMANN_2022",
+    "REPLICATION_2024",
+    "ChinchillaFit",
+    "ChinchillaLaw",
+    "Optimum",
+    "fit_chinchilla",
+    "synthetic_isoflop",
+    "synthetic_runs",
+]
+
 LAW = "Chinchilla's law in n_params and tokens"
 POLISHED_STARTS = 40
 

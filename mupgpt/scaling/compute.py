@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,8 @@ from mupgpt.scaling.resample import (
     vanished,
 )
 from mupgpt.scaling.runs import FloatArray, Runs, need_distinct, need_runs
+
+__all__ = ["ComputeFit", "LogComputeFit", "fit_compute", "fit_log_compute"]
 
 FEW = 5  # with so few runs a third parameter follows their noise
 
@@ -76,11 +79,11 @@ def fit_compute(
     (0.15, 1.5)
     """
     if irreducible is not None:
-        return _fit(runs, irreducible, (), draws, seed, level)
+        return _fit(runs, irreducible, draws, seed, level)
     if len(runs) <= FEW:
         note = f"{len(runs)} runs do not fix an irreducible loss: fitted without one"
-        return _fit(runs, False, (note,), draws, seed, level)
-    full = _fit(runs, True, (), draws, seed, level)
+        return _noted(_fit(runs, False, draws, seed, level), note)
+    full = _fit(runs, True, draws, seed, level)
     around = full.intervals["c"]
     if around.low > 0.01 * float(runs.loss.min()):
         return full
@@ -88,12 +91,14 @@ def fit_compute(
         f"c is not identified ({full.c:.3g} with an interval of [{around.low:.3g}, "
         f"{around.high:.3g}]): fitted without an irreducible loss"
     )
-    return _fit(runs, False, (note,), draws, seed, level)
+    return _noted(_fit(runs, False, draws, seed, level), note)
 
 
-def _fit(
-    runs: Runs, irreducible: bool, notes: tuple[str, ...], draws: int, seed: int, level: float
-) -> ComputeFit:
+def _noted(fit: ComputeFit, note: str) -> ComputeFit:
+    return dataclasses.replace(fit, notes=(note, *fit.notes))
+
+
+def _fit(runs: Runs, irreducible: bool, draws: int, seed: int, level: float) -> ComputeFit:
     count = 3 if irreducible else 2
     flops = runs.column("flops")
     need_runs("loss", runs.loss, 5 if irreducible else 3, "the power law on flops")
@@ -112,7 +117,7 @@ def _fit(
         c=c,
         intervals=intervals,
         residuals=curve.residuals,
-        notes=notes + _law_notes({"a": a, "b": b, "c": c}, intervals, runs.loss),
+        notes=_law_notes({"a": a, "b": b, "c": c}, intervals, runs.loss),
         theta=curve.theta,
         center=center,
         draws=curve.draws,

@@ -19,6 +19,8 @@ from mupgpt.scaling.runs import (
     need_runs,
 )
 
+__all__ = ["FrontierFit", "fit_envelope", "fit_isoflop"]
+
 BUDGET_RTOL = 0.1
 # Three runs fix a parabola and leave nothing that could show their scatter.
 BUDGET_SIZES = 4

@@ -9,6 +9,8 @@ from scipy.optimize import root_scalar
 
 from mupgpt.scaling.chinchilla import ChinchillaLaw
 
+__all__ = ["FlopCost", "InferenceOptimum", "inference_optimum"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlopCost:

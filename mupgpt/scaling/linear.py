@@ -9,7 +9,9 @@ from numpy.typing import ArrayLike
 from scipy.stats import t as student
 
 from mupgpt.scaling.resample import LEVEL, Interval
-from mupgpt.scaling.runs import FloatArray, positive, same_length
+from mupgpt.scaling.runs import FloatArray, as_columns
+
+__all__ = ["LinearFit", "PowerFit", "fit_linear", "fit_loglog"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +124,8 @@ def fit_loglog(y: ArrayLike, level: float = LEVEL, **columns: ArrayLike) -> Powe
     >>> round(fit.coefficient, 9), round(fit.exponents["tokens"], 9)
     (3.0, 1.0)
     """
-    target = positive("y", y)
-    predictors = {name: positive(name, values) for name, values in columns.items()}
-    same_length(y=target, **predictors)
-    logs = fit_linear(np.log(target), level, **_log_columns(predictors))
+    target, *_ = as_columns(y=y, **columns).values()
+    logs = fit_linear(np.log(target), level, **_log_columns(columns))
     coef, intervals = dict(logs.coef), dict(logs.intervals)
     log_k, around = coef.pop("one"), intervals.pop("one")
     return PowerFit(

@@ -13,7 +13,9 @@ from scipy.interpolate import Akima1DInterpolator
 
 from mupgpt.scaling.linear import PowerFit, fit_loglog
 from mupgpt.scaling.resample import LEVEL
-from mupgpt.scaling.runs import FloatArray, distinct, positive, same_length
+from mupgpt.scaling.runs import FloatArray, as_columns, distinct
+
+__all__ = ["OptimalFit", "SweepOptimum", "fit_optimal", "interpolated_minimum"]
 
 Method = Literal["quadratic", "akima"]
 
@@ -102,10 +104,8 @@ def fit_optimal(
     >>> round(fit.lr.exponents["n_params"], 6)
     -0.2
     """
-    given = {"n_params": n_params, "tokens": tokens, "batch": batch, "lr": lr, "loss": loss}
-    columns = {name: positive(name, values) for name, values in given.items()}
-    same_length(**columns)
-    rows = sorted(zip(*columns.values(), strict=True))
+    given = as_columns(n_params=n_params, tokens=tokens, batch=batch, lr=lr, loss=loss)
+    rows = sorted(zip(*given.values(), strict=True))
     by_batch = tuple(_best_lr(rows, method))
     searched = any(_same_model(p, q) for p, q in itertools.pairwise(by_batch))
     by_size = tuple(_best_batch(by_batch, method) if searched else by_batch)

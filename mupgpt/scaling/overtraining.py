@@ -22,11 +22,12 @@ from mupgpt.scaling.robust import separable_start
 from mupgpt.scaling.runs import (
     FloatArray,
     Runs,
+    as_columns,
     need_distinct,
     need_runs,
-    positive,
-    same_length,
 )
+
+__all__ = ["DownstreamFit", "OvertrainingFit", "fit_downstream", "fit_overtraining"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +148,7 @@ def fit_downstream(
     >>> round(fit.epsilon, 4), round(fit.k, 4), round(fit.gamma, 4)
     (0.9, 2.0, 1.1)
     """
-    x, y = positive("loss", loss), positive("error", error)
-    same_length(loss=x, error=y)
+    x, y = as_columns(loss=loss, error=error).values()
     need_runs("loss", x, 4, "the downstream law")
     need_distinct("loss", x, 3, "the downstream law")
     if y.max() > 1:

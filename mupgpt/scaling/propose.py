@@ -199,7 +199,7 @@ def _range(fit: ChinchillaFit | None, n_params: int) -> tuple[str, ...]:
     if fit is not None or low <= n_params <= high:
         return ()
     return (f"warning: {n_params:.3g} parameters lie outside the {low:.2g} to {high:.2g} of the "
-            "runs behind these constants: loss and interval are extrapolated",)  # fmt: skip
+            "runs of these constants: loss and interval are extrapolated",)  # fmt: skip
 
 
 def _best(budget: Budget, law: ChinchillaLaw) -> tuple[Optimum, tuple[str, ...]]:

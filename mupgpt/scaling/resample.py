@@ -11,6 +11,18 @@ from scipy.optimize import least_squares
 from mupgpt.scaling.robust import Model
 from mupgpt.scaling.runs import FloatArray, IntArray
 
+__all__ = [
+    "LEVEL",
+    "Draws",
+    "Interval",
+    "fit_curve",
+    "intervals_of",
+    "pairs_bootstrap",
+    "percentile_interval",
+    "unidentified",
+    "vanished",
+]
+
 LEVEL = 0.95
 # A term that vanishes has no slope left, and Levenberg–Marquardt would step to infinity: each
 # parameter is held to its start by a spring far too weak to move one that the data hold.

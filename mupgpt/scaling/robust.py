@@ -8,6 +8,8 @@ from scipy.optimize import minimize
 
 from mupgpt.scaling.runs import FloatArray
 
+__all__ = ["Model", "huber_sum", "minimize_huber", "separable_start"]
+
 DELTA = 1e-3
 # Parameters (p,) to values (n,) and their Jacobian (n, p).
 Model = Callable[[FloatArray], tuple[FloatArray, FloatArray]]

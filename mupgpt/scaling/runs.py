@@ -8,6 +8,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+__all__ = [
+    "FloatArray",
+    "IntArray",
+    "Runs",
+    "as_columns",
+    "distinct",
+    "need_distinct",
+    "need_runs",
+    "positive",
+    "read_any",
+    "read_replication",
+    "read_runs",
+]
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.intp]
 
@@ -39,12 +53,20 @@ def positive(name: str, values: ArrayLike) -> FloatArray:
     return array
 
 
-def same_length(**columns: FloatArray) -> None:
-    """Raise ValueError unless the named columns have one length."""
-    sizes = {name: len(column) for name, column in columns.items()}
+def as_columns(**given: ArrayLike) -> dict[str, FloatArray]:
+    """Return the named columns as `positive` gives them, all of one length.
+
+    Raises ValueError for a value that is not finite and positive, and unequal lengths.
+
+    >>> as_columns(loss=[2.5, 2.25], tokens=[1e9, 2e9])["tokens"].tolist()
+    [1000000000.0, 2000000000.0]
+    """
+    checked = {name: positive(name, values) for name, values in given.items()}
+    sizes = {name: len(column) for name, column in checked.items()}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(f"columns differ in length ({listed}): give each run one value of each")
+    return checked
 
 
 def distinct(values: FloatArray) -> int:
@@ -95,8 +117,7 @@ class Runs:
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in COLUMNS if getattr(self, name) is not None}
-        checked = {name: positive(name, values) for name, values in given.items()}
-        same_length(**checked)
+        checked = as_columns(**given)
         for name, values in checked.items():
             object.__setattr__(self, name, values)
         object.__setattr__(self, "convention", _one_convention(self.convention))

@@ -4,7 +4,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.integrate import trapezoid
 
-from mupgpt.scaling.runs import FloatArray, positive, same_length
+from mupgpt.scaling.runs import FloatArray, as_columns, positive
+
+__all__ = ["average_params", "average_params_along", "sparse_params"]
 
 
 def sparse_params(hidden: float, rest: float, density: ArrayLike) -> FloatArray:
@@ -33,8 +35,7 @@ def average_params(n_params: ArrayLike, tokens: ArrayLike) -> float:
     >>> average_params([1e8, 4e8], tokens=[3e9, 1e9])
     175000000.0
     """
-    sizes, spent = positive("n_params", n_params), positive("tokens", tokens)
-    same_length(n_params=sizes, tokens=spent)
+    sizes, spent = as_columns(n_params=n_params, tokens=tokens).values()
     return float(sizes @ spent / spent.sum())
 
 
@@ -49,7 +50,8 @@ def average_params_along(n_params: ArrayLike, tokens_seen: ArrayLike) -> float:
     333333333.3333333
     """
     sizes, seen = positive("n_params", n_params), np.asarray(tokens_seen, float)
-    same_length(n_params=sizes, tokens_seen=seen)
+    if len(sizes) != len(seen):
+        raise ValueError(f"{len(sizes)} counts for {len(seen)} tokens_seen: give one count each")
     if len(seen) < 2 or seen[0] != 0 or not np.all(np.diff(seen) > 0):
         raise ValueError(f"tokens_seen = {tokens_seen}: start at 0 and rise to the run's tokens")
     return float(trapezoid(sizes, seen) / seen[-1])

@@ -7,41 +7,35 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mupgpt.config.schema import GPTConfig
 from mupgpt.scaling.chinchilla import ChinchillaLaw
 from mupgpt.scaling.linear import LinearFit, fit_linear
 from mupgpt.scaling.resample import LEVEL, Interval, unidentified
-from mupgpt.scaling.runs import FloatArray, need_runs, positive, same_length
+from mupgpt.scaling.runs import FloatArray, as_columns, need_runs
+
+__all__ = ["ShapeChoice", "Shapes", "StepTimeFit", "best_shape", "fit_step_time", "memory_copies"]
 
 
-def memory_copies(
-    *,
-    n_layer: int,
-    d_model: int,
-    d_ffn: int,
-    n_head: int,
-    vocab_size: int,
-    batch: int,
-    seq_len: int,
-    fused_attention: bool = False,
-) -> int:
-    """Return the elements read and written by the operations of one training step of a GPT.
+def memory_copies(model: GPTConfig, batch: int, *, fused_attention: bool = False) -> int:
+    """Return the elements read and written by one training step on `batch` sequences.
 
     Every operation reads its inputs and writes its output (the count of "Time Matters",
     arXiv 2406.18922); the backward pass is taken as twice the forward. `fused_attention` leaves
-    out the score matrix, which a fused kernel never writes.
+    out the score matrix, which a fused kernel never writes. The paper's GPT is counted: heads that
+    fill d_model, an MLP without a gate.
 
-    >>> memory_copies(n_layer=1, d_model=2, d_ffn=8, n_head=1, vocab_size=4, batch=1, seq_len=2)
+    >>> memory_copies(GPTConfig(n_layer=1, d_model=2, n_head=1, vocab_size=4, seq_len=2), batch=1)
     828
     """
-    rows, pairs = batch * seq_len, 0 if fused_attention else batch * n_head * seq_len**2
-    activations = rows * d_model
-    attention = 3 * _matmul(rows, d_model, d_model) + 4 * activations + 4 * pairs
-    attention += _matmul(rows, d_model, d_model)
-    ffn = _matmul(rows, d_model, d_ffn) + 2 * rows * d_ffn + _matmul(rows, d_ffn, d_model)
+    rows, width, ffn = batch * model.seq_len, model.d_model, model.d_ffn
+    pairs = 0 if fused_attention else batch * model.n_head * model.seq_len**2
+    activations = rows * width
+    attention = 4 * _matmul(rows, width, width) + 4 * activations + 4 * pairs
+    mlp = _matmul(rows, width, ffn) + 2 * rows * ffn + _matmul(rows, ffn, width)
     norms_and_adds = 2 * 2 * activations + 2 * 3 * activations
     embedding_and_norm = 4 * activations
-    head = _matmul(rows, d_model, vocab_size) + 2 * rows * vocab_size
-    return 3 * (n_layer * (attention + ffn + norms_and_adds) + embedding_and_norm + head)
+    head = _matmul(rows, width, model.vocab_size) + 2 * rows * model.vocab_size
+    return 3 * (model.n_layer * (attention + mlp + norms_and_adds) + embedding_and_norm + head)
 
 
 def _matmul(rows: int, fan_in: int, fan_out: int) -> int:
@@ -93,12 +87,7 @@ def fit_step_time(
     >>> round(fit.overhead, 6), round(fit.r2, 6)
     (0.01, 1.0)
     """
-    time, moved, done = (
-        positive("seconds", seconds),
-        positive("copies", copies),
-        positive("flops", flops),
-    )
-    same_length(seconds=time, copies=moved, flops=done)
+    time, moved, done = as_columns(seconds=seconds, copies=copies, flops=flops).values()
     need_runs("seconds", time, 4, "the step-time model")
     line = fit_linear(
         time,
@@ -125,6 +114,15 @@ def fit_step_time(
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shapes:
+    """Candidates, one entry each: parameters, elements moved and FLOPs of a step."""
+
+    n_params: ArrayLike
+    copies: ArrayLike
+    flops: ArrayLike
+
+
 @dataclass(frozen=True, eq=False)
 class ShapeChoice:
     """The best of several shapes for a time budget, and what each of them would reach."""
@@ -139,29 +137,28 @@ class ShapeChoice:
 def best_shape(
     fit: StepTimeFit,
     law: ChinchillaLaw,
+    shapes: Shapes,
     *,
     seconds: float,
-    n_params: ArrayLike,
-    copies: ArrayLike,
-    flops: ArrayLike,
     tokens_per_step: float,
 ) -> ShapeChoice:
     """Return which candidate reaches the least loss in `seconds`, and the loss of each.
 
     A shape's step time gives its steps, these its tokens D, and the law L(N, D): the loss depends
     on N and not on where the parameters sit, while the time depends on the shape
-    (arXiv 2406.18922). `n_params`, `copies`, `flops` have one entry per candidate.
+    (arXiv 2406.18922).
 
     Raises ValueError when no candidate finishes a single step in that time.
 
     >>> from mupgpt.scaling.chinchilla import HOFFMANN_2022
     >>> copies, flops = np.array([1e8, 4e8, 2e8, 9e8]), np.array([1e10, 2e10, 8e10, 9e10])
     >>> fit = fit_step_time(0.01 + 1e-10 * copies + 2e-12 * flops, copies, flops)
-    >>> best_shape(fit, HOFFMANN_2022, seconds=3600, n_params=[1e6, 4e6], copies=[1e8, 4e8],
-    ...            flops=[1e10, 4e10], tokens_per_step=8192).best
+    >>> shapes = Shapes(n_params=[1e6, 4e6], copies=[1e8, 4e8], flops=[1e10, 4e10])
+    >>> best_shape(fit, HOFFMANN_2022, shapes, seconds=3600, tokens_per_step=8192).best
     1
     """
-    sizes, each = positive("n_params", n_params), fit.predict(copies, flops)
+    sizes, copies, flops = as_columns(**vars(shapes)).values()
+    each = fit.predict(copies, flops)
     if not np.all(each > 0):
         raise ValueError(
             f"seconds_per_step[{int(each.argmin())}] = {each.min():g}: the fitted times do not "

@@ -9,6 +9,14 @@ from mupgpt.scaling.linear import PowerFit, fit_loglog
 from mupgpt.scaling.resample import LEVEL
 from mupgpt.scaling.runs import FloatArray
 
+__all__ = [
+    "adamw_timescale",
+    "decay_for_timescale",
+    "ema_weights",
+    "fit_timescale",
+    "timescale_fraction",
+]
+
 
 def adamw_timescale(lr: float, weight_decay: float) -> float:
     """Return τ = 1/(η·λ), the steps over which AdamW's weights average its updates.

@@ -1,6 +1,5 @@
 """Whose a run's folder and its checkpoints are: what is stored for identity is compared."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -9,8 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from mupgpt.checkpoint.reader import Checkpoint
 from mupgpt.checkpoint.verify import checkpoints
+from mupgpt.config.fields import differing
 from mupgpt.config.plain import load_toml, to_dict
 from mupgpt.config.schema import TrainConfig
 from mupgpt.errors import ConfigError
@@ -22,43 +24,39 @@ from mupgpt.resolve import train_config
 
 __all__ = ["claim", "locked", "require_room", "require_same_run"]
 
-MAY_CHANGE = ("tracking", "prediction", "parallel", "accumulate", "memory")
-"""What a continued run may be told anew: what is recorded, and how the same steps are executed."""
-
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, or say who holds it; the lock of a dead process is free."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ConfigError(
-                f"{folder} is in use by process {file.read().strip() or '?'}; "
-                "wait for it, or name another folder with --run"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    holder = folder / ".lock"
+    lock = FileLock(holder, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(
+            f"{folder} is in use by process {holder.read_text(encoding='utf-8').strip() or '?'}; "
+            "wait for it, or name another folder with --run"
+        ) from error
+    try:
+        holder.write_text(str(os.getpid()), encoding="utf-8")
         yield
+    finally:
+        lock.release()
 
 
 def claim(folder: Path, config: TrainConfig) -> None:
     """Write the config, or refuse a folder that belongs to another one."""
-    path, mine = folder / "config.json", to_dict(config)
+    path = folder / "config.json"
     if path.is_file() and checkpoints(folder / "checkpoints"):
-        theirs = to_dict(train_config(load_toml(path)))
-        keys = [k for k in mine if k not in MAY_CHANGE and mine[k] != theirs[k]]
-        if keys:
+        theirs = train_config(load_toml(path))
+        for name, there, here in differing(theirs, config, "result"):
             raise ConfigError(
-                f"{folder} belongs to another config: {keys[0]} is "
-                f"{theirs[keys[0]]!r} there and {mine[keys[0]]!r} here; "
+                f"{folder} belongs to another config: {name} is {there!r} there and {here!r} here; "
                 "name another folder with --run"
             )
     whole = path.with_suffix(".json.tmp")
-    whole.write_text(json.dumps(mine, indent=1), encoding="utf-8")
+    whole.write_text(json.dumps(to_dict(config), indent=1), encoding="utf-8")
     whole.replace(path)
 
 

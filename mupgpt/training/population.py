@@ -1,7 +1,6 @@
 """K short runs of one shape as one model, each a member of it."""
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mupgpt.config.fields import differing
 from mupgpt.config.schedules import LrFactor, schedule_of
 from mupgpt.config.schema import TrainConfig
 from mupgpt.data.batches import Batches, eval_batch
@@ -26,7 +26,8 @@ from mupgpt.training.step import Batch, evaluate, update
 
 __all__ = ["Population"]
 
-MAY_DIFFER = ("rule", "base", "hparams", "seed", "tracking")
+OWN = ("rule", "base", "hparams", "seed")
+"""What decides a member's result and is its own: its table, and its seed."""
 
 
 @dataclass
@@ -209,10 +210,8 @@ def _stepper(
 
 
 def _same_shape(a: TrainConfig, b: TrainConfig) -> None:
-    for field in dataclasses.fields(TrainConfig):
-        if field.name not in MAY_DIFFER and getattr(a, field.name) != getattr(b, field.name):
-            raise ConfigError(
-                f"{field.name} differs between members of one population "
-                f"({getattr(a, field.name)!r}, {getattr(b, field.name)!r}); "
-                "put it under [structure], which makes one population per value"
-            )
+    for name, one, other in differing(a, b, "result", "measure", "execution", apart=OWN):
+        raise ConfigError(
+            f"{name} differs between members of one population ({one!r}, {other!r}); "
+            "put it under [structure], which makes one population per value"
+        )

@@ -38,6 +38,19 @@ def train_step(
     ``lr_factor`` multiplies every learning rate of the table. The batch is cut into ``accumulate``
     equal micro-batches. Members do not mix: their losses are summed, so each parameter sees the
     gradient of its own member alone.
+
+    >>> from mupgpt import Base, GPTConfig, HParams, parametrize
+    >>> shape = GPTConfig(n_layer=1, d_model=8, d_head=8, vocab_size=9, seq_len=4)
+    >>> table = parametrize(shape, Base.of(shape), HParams(), "mup")
+    >>> from mupgpt import init_weights, make_optimizer
+    >>> model = GPT(shape)
+    >>> init_weights(model, table, 0)
+    >>> optimizer = make_optimizer(model, table)
+    >>> batch = torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.int64)
+    >>> losses = [float(train_step(model, optimizer, batch, lr_factor=1.0, grad_clip=1.0)[0])
+    ...           for _ in range(3)]
+    >>> losses == sorted(losses, reverse=True)
+    True
     """
     set_lr(optimizer, lr_factor)
     return update(model, optimizer, batch, grad_clip, accumulate)
@@ -85,7 +98,19 @@ def micro_batches(batch: Batch, pieces: int) -> Iterator[Batch]:
 
 
 def evaluate(model: GPT, batch: Batch) -> Tensor:
-    """Mean loss of ``batch`` in nats per counted token, (*K) float64."""
+    """Mean loss of ``batch`` in nats per counted token, (*K) float64.
+
+    Without a readout a model knows nothing: its loss is the logarithm of the vocabulary's size.
+
+    >>> import math
+    >>> from mupgpt import Base, GPTConfig, HParams, init_weights, parametrize
+    >>> shape = GPTConfig(n_layer=1, d_model=8, d_head=8, vocab_size=9, seq_len=4)
+    >>> model = GPT(shape)
+    >>> init_weights(model, parametrize(shape, Base.of(shape), HParams(output_mult=1e-9), "mup"), 0)
+    >>> batch = torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.int64)
+    >>> math.isclose(float(evaluate(model, batch)), math.log(9), rel_tol=1e-6)
+    True
+    """
     return token_losses(model, batch).sum(dim=(-2, -1)) / _counted(batch[1])
 
 

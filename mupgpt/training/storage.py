@@ -9,6 +9,7 @@ from mupgpt.distributed.processes import gather, world_size
 from mupgpt.errors import ConfigError
 from mupgpt.parametrization.layout import count_params
 from mupgpt.planning.plan import GIB, Machine, decide_storage, state_bytes
+from mupgpt.util.host import memory
 
 __all__ = ["stored_here"]
 
@@ -22,7 +23,7 @@ def stored_here(config: TrainConfig, device: torch.device) -> TrainConfig:
     stored = decide_storage(config)
     need = sum(state_bytes(stored).values())
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world > 1 else 1
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * world // beside
+    free = memory() * world // beside
     where = f"this {device.type}" if world == 1 else f"that of {world} processes"
     if need > free:
         raise ConfigError(

@@ -15,7 +15,6 @@ its own and the one that its rule makes of it here:
 ``val/loss``      stays or falls: it is held against the widest proxies, seeds averaged
 """
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from mupgpt.config.fields import differing
 from mupgpt.config.plain import load_toml
 from mupgpt.config.schedules import lr_factor
 from mupgpt.config.schema import GPTConfig, TrainConfig
@@ -51,7 +51,11 @@ SAME_RATE = 0.05
 """Difference of learning-rate factors up to which two runs stand at the same point."""
 
 SIGN_LIKE = ("adamw", "lion")
-WIDTHS = ("d_model", "n_head", "d_head", "n_kv_head", "d_ffn")
+WIDTHS = ("model.d_model", "model.n_head", "model.d_head", "model.n_kv_head", "model.d_ffn")
+TABLE, CLOCK, NOISE = ("rule", "base", "hparams"), ("schedule", "steps", "phases"), ("seed",)
+APART = (*WIDTHS, *TABLE, *CLOCK, *NOISE, "precision")
+"""What a proxy may have otherwise: the alarms expect it of a width, compare its table, end where
+its learning rates leave ours, and allow more than seeds or rounding change."""
 AXES: dict[str, Callable[[GPTConfig], float]] = {
     "width": lambda m: m.d_model,
     "ffn ratio": lambda m: m.d_ffn / m.d_model,
@@ -128,26 +132,17 @@ class Proxy:
 
 def _comparable(folder: Path, theirs: TrainConfig, ours: TrainConfig) -> None:
     """Refuse a run that differs in more than its width, or whose rule does not cover that."""
-    fields = [f"model.{f.name}" for f in dataclasses.fields(ours.model) if f.name not in WIDTHS]
-    for name in (*fields, "batch_size", "grad_clip", "data"):
-        there, here = (_get(config, name) for config in (theirs, ours))
-        if there != here:
-            raise ConfigError(
-                f"tracking.watch = {str(folder)!r}: {name} is {there!r} there and {here!r} here; "
-                "steps compare between runs that differ in width alone"
-            )
+    for name, there, here in differing(theirs, ours, "result", "measure", apart=APART):
+        raise ConfigError(
+            f"tracking.watch = {str(folder)!r}: {name} is {there!r} there and {here!r} here; "
+            "steps compare between runs that differ in width alone"
+        )
     for axis, size in AXES.items():
         if size(theirs.model) != size(ours.model) and axis not in get_rule(theirs.rule).covers:
             raise ConfigError(
                 f"tracking.watch = {str(folder)!r}: its rule {theirs.rule} promises nothing over "
                 f"{axis}, {size(theirs.model):g} there and {size(ours.model):g} here"
             )
-
-
-def _get(config: Any, dotted: str) -> Any:
-    for name in dotted.split("."):
-        config = getattr(config, name)
-    return config
 
 
 def _together(a: TrainConfig, b: TrainConfig) -> int:

@@ -19,34 +19,40 @@ from mupgpt.tuning.curves import half_width
 from mupgpt.tuning.group_size import usual
 from mupgpt.tuning.spec import Cell, parse_spec
 from mupgpt.tuning.storage import quiet
-from mupgpt.tuning.study import finished, penalized
+from mupgpt.tuning.study import Sweep, finished, penalized
 from mupgpt.util.progress import Progress
 
-__all__ = ["best_hparams", "importances"]
+__all__ = ["FRESH_SEED", "best_hparams", "importances"]
 
 FRESH_SEED = 1000  # seeds of a confirmation: never those of a sweep
 LEAST = 20  # trials below which importances say nothing
 COST = 0.005  # relative loss at which a hyperparameter counts as badly set
 
 
-def best_hparams(study: optuna.Study, top: int = 3, seeds: int = 3) -> Tuned:
+def best_hparams(study: optuna.Study | str, top: int = 3, seeds: int = 3) -> Tuned:
     """The best trial of ``study`` after its ``top`` were trained again on ``seeds`` fresh seeds.
 
+    ``study`` is what `run_sweep` returned, or the name or folder of a sweep of one study.
     The winner of a sweep owes part of its lead to luck (the winner's curse); the fresh losses do
     not. With two seeds or more, so are the run as it stands, which says what was gained, and the
     winner with each of its searched values halved and doubled, which says how well they are known.
     All of it is kept in the study, so that asking again costs nothing. With ``seeds=0`` nothing is
     trained and the sweep's own losses stand, luck included: the way for imported runs whose text is
-    not here.
+    not here. Losses are nats per token. Raises `ConfigError` for a study without a finished trial.
+
+    >>> best_hparams("nowhere")
+    Traceback (most recent call last):
+    mupgpt.errors.ConfigError: no sweep 'nowhere' here; start it with: mupgpt sweep run nowhere
     """
+    study = _only_study(study) if isinstance(study, str) else study
     require(top >= 1, "top", top, "be >= 1")
     require(seeds >= 0, "seeds", seeds, "be >= 0 (0: the sweep's own losses stand)")
     attrs = study.user_attrs
     if "spec" not in attrs:
         raise ConfigError(f"study {study.study_name!r} was not made by mupgpt: it carries no spec")
-    spec = parse_spec(attrs["spec"], study.study_name)
+    spec = parse_spec(attrs["spec"], study.study_name, stored=True)
     cell = Cell(spec, attrs["structure"], attrs.get("only", ""))
-    candidates = finished(study)[:top]
+    candidates = [t for t in finished(study) if "copied_from" not in t.user_attrs][:top]
     if not candidates:
         raise ConfigError(f"study {cell.name!r} has no finished trial that did not diverge")
     fresh = [t.user_attrs["losses"] for t in candidates]
@@ -69,6 +75,16 @@ def best_hparams(study: optuna.Study, top: int = 3, seeds: int = 3) -> Tuned:
         corpus=attrs["corpus"],
         confirmed=seeds > 0,
     )
+
+
+def _only_study(name: str) -> optuna.Study:
+    studies = Sweep.open(name).studies()
+    if len(studies) > 1:
+        raise ConfigError(
+            f"sweep {name!r} has {len(studies)} studies: give one of run_sweep({name!r}), "
+            f"by name: {', '.join(studies)}"
+        )
+    return next(iter(studies.values()))
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
@@ -138,7 +154,8 @@ def _fresh_losses(
     """Losses of each set of values on the first ``seeds`` fresh seeds, trained where not known."""
     keys = [json.dumps(dict(p), sort_keys=True) for p in params]
     known: dict[str, list[float]] = dict(study.user_attrs.get("confirmed", {}))
-    missing = [p for key, p in zip(keys, params, strict=True) if len(known.get(key, [])) < seeds]
+    distinct = dict(zip(keys, params, strict=True))
+    missing = [p for key, p in distinct.items() if len(known.get(key, [])) < seeds]
     if missing:
         fresh = [FRESH_SEED + i for i in range(seeds)]
         losses = _train(study, [cell.config(p, seed) for p in missing for seed in fresh])
@@ -157,15 +174,15 @@ def _train(study: optuna.Study, configs: Sequence[TrainConfig]) -> list[float]:
             "its best trials cannot be confirmed on this one; run the sweep here first, or take "
             "its own losses as they are (seeds = 0)"
         )
-    columns = usual(configs[0])
+    together = usual(configs[0])
     losses: list[float] = []
     with Progress(f"confirm {study.study_name}") as progress:
-        for first in range(0, len(configs), columns):
-            chunk = configs[first : first + columns]
-            population = Population(chunk, corpus)
+        for first in range(0, len(configs), together):
+            group = configs[first : first + together]
+            population = Population(group, corpus)
             for step in range(configs[0].steps):
                 population.train(step + 1)
-                done = len(losses) * configs[0].steps + len(chunk) * (step + 1)
+                done = len(losses) * configs[0].steps + len(group) * (step + 1)
                 progress.update(done, len(configs) * configs[0].steps, "steps")
             losses += population.evaluate().values()
     return [penalized(loss, configs[0].model.vocab_size) for loss in losses]

@@ -21,6 +21,7 @@ from mupgpt.tuning.space import Dimension
 from mupgpt.tuning.spec import Cell, SweepSpec, load_spec
 from mupgpt.tuning.study import Sweep, trials_of
 from mupgpt.tuning.trial_group import outcome
+from mupgpt.tuning.urls import shown
 
 __all__ = ["Imported", "import_sweep"]
 
@@ -49,7 +50,7 @@ class Imported:
         spec = self.sweep.spec
         lines = [
             f"sweep {spec.name}: {self.rows} rows are {self.trials} trials in {len(spec.cells)} "
-            f"studies ({self.new} new), in {self.sweep.url}",
+            f"studies ({self.new} new), in {shown(self.sweep.url)}",
             "read " + ", ".join(f"{key} from {name!r}" for key, name in self.columns.items()),
         ]
         return "\n".join(lines + [f"note: {line}" for line in self.notes])
@@ -67,6 +68,14 @@ def import_sweep(
     its column, where that is neither the key nor an obvious alias. Losses are nats per token; one
     that is not finite is a diverged run. Raises ConfigError for a column that is missing or
     ambiguous, a row that no study of the spec could have had, and seeds that are not complete.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "runs.csv"
+    ...     _ = file.write_text("lr,output_mult,val_loss\\n1e-3,1,2.5\\n2e-3,1,2.4\\n")
+    ...     found = import_sweep(file, "smoke", storage=f"sqlite:///{folder}/study.db")
+    >>> found.rows, found.new
+    (2, 2)
     """
     spec, rows = load_spec(spec), read_rows(Path(file))
     table = Table(Path(file).name, rows, _match(rows, spec, columns or {}))

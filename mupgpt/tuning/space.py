@@ -3,12 +3,14 @@
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
+from mupgpt.config.fields import decides
+from mupgpt.config.plain import settle
 from mupgpt.errors import ConfigError
 
 __all__ = ["Dimension", "SearchSpace"]
@@ -18,29 +20,28 @@ __all__ = ["Dimension", "SearchSpace"]
 class Dimension:
     """One searched value: a range (``low``, ``high``) or a list of ``values``."""
 
-    low: float = 0.0
+    low: float = field(default=0.0, metadata=decides("result"))
     """Lower bound of a range."""
-    high: float = 0.0
+    high: float = field(default=0.0, metadata=decides("result"))
     """Upper bound of a range."""
-    log: bool = False
+    log: bool = field(default=False, metadata=decides("result"))
     """Search the logarithm."""
-    values: tuple[float, ...] = ()
+    values: tuple[float, ...] = field(default=(), metadata=decides("result"))
     """The only values, instead of a range."""
-    ratio: float = 2.0
+    ratio: float = field(default=2.0, metadata=decides("result", above=1))
     """``grid`` on a log range: ratio of neighbours."""
-    points: int = 5
+    points: int = field(default=5, metadata=decides("result", 3, 1000))
     """``grid`` on a log range: points to start with, around the run's own value."""
-    center: float = 0.0
+    center: float = field(default=0.0, metadata=decides("result"))
     """What to start around instead, where the run's own value is 0 (no weight decay)."""
 
     def __post_init__(self) -> None:
+        settle(self, "space")
         if not self.values and not (self.low < self.high and (self.low > 0 or not self.log)):
             raise ConfigError(
                 f"space: low = {self.low}, high = {self.high}, log = {self.log}: "
                 "a range needs low < high (and low > 0 on a log scale), or give values"
             )
-        if self.ratio <= 1 or self.points < 3:
-            raise ConfigError("space: ratio must be > 1 and points >= 3")
 
     @property
     def distribution(self) -> BaseDistribution:
@@ -75,7 +76,12 @@ class Dimension:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Dimensions by dotted key of the config (``hparams.lr``)."""
+    """Dimensions by dotted key of the config (``hparams.lr``).
+
+    >>> space = SearchSpace({"hparams.lr": Dimension(low=1e-4, high=1e-1, log=True)})
+    >>> space(optuna.trial.FixedTrial({"hparams.lr": 0.01}))
+    {'hparams.lr': 0.01}
+    """
 
     dimensions: Mapping[str, Dimension]
 
@@ -87,6 +93,10 @@ class SearchSpace:
     def __call__(self, trial: optuna.Trial) -> dict[str, Any]:
         """Values for ``trial``, by key; the form that wandb's sweep scheduler takes too."""
         return {key: _suggest(trial, key, d) for key, d in self.dimensions.items()}
+
+    def size(self, center: Mapping[str, float]) -> int:
+        """How many points `grid` has."""
+        return math.prod(len(d.grid(center[key])) for key, d in self.dimensions.items())
 
     def grid(self, center: Mapping[str, float]) -> list[dict[str, float]]:
         """Every combination of the starting points."""

@@ -3,14 +3,16 @@
 import hashlib
 import itertools
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from mupgpt.config.plain import from_dict, load_toml, to_dict
+from mupgpt.config.fields import SEED, decided, decides, differing
+from mupgpt.config.plain import from_dict, load_toml, settle, to_dict
 from mupgpt.config.schema import HParams, TrainConfig
 from mupgpt.errors import ConfigError, require, unknown
 from mupgpt.parametrization.rules import get_rule
@@ -18,60 +20,70 @@ from mupgpt.resolve import overlay, train_config
 from mupgpt.tuning.space import Dimension, SearchSpace
 from mupgpt.util.bundled import find_bundled
 
-__all__ = ["FREE", "Cell", "StudyConfig", "SweepSpec", "load_spec", "parse_spec"]
+__all__ = [
+    "RENAMED", "Cell", "StudyConfig", "SweepSpec", "differences", "load_spec", "parse_spec",
+]  # fmt: skip
 
-
-FREE = ("trials", "columns", "heartbeat")
-"""Keys of `StudyConfig` that decide no trial's result."""
+RENAMED = {"columns": "members"}
+"""Keys of `StudyConfig` as they once were, in files and in studies, → as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """How a sweep searches."""
 
-    sampler: Literal["tpe", "gp", "carbs", "qmc", "random", "grid"] = "tpe"
+    sampler: Literal["tpe", "gp", "carbs", "qmc", "random", "grid"] = field(
+        default="tpe", metadata=decides("result")
+    )
     """Optuna's sampler; ``grid`` starts around the run's own values and extends itself."""
-    trials: int = 32
+    trials: int = field(default=32, metadata=decides("execution", above=0, high=10**6))
     """Trials of each study: an exact budget (for ``grid``, an upper bound)."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = field(default=(0,), metadata=decides("result", 0, SEED))
     """Every trial trains once per seed; all trials share initializations and data."""
-    rungs: int = 0
+    rungs: int = field(default=0, metadata=decides("result", 0, 30))
     """How many times a trial may be stopped early (0: never)."""
-    pruner: Literal["halving", "hyperband", "median"] = "halving"
+    pruner: Literal["halving", "hyperband", "median"] = field(
+        default="halving", metadata=decides("result")
+    )
     """Who passes a rung: the best 1/reduction, the same per Hyperband bracket, the better half."""
-    reduction: int = 3
+    reduction: int = field(default=3, metadata=decides("result", 2, 1000))
     """Factor between the steps of two rungs, and of their trials under halving."""
-    warm_start: str = ""
+    warm_start: str = field(default="", metadata=decides("result"))
     """A sweep whose best trials are tried first, where they lie inside the space."""
-    warm_top: int = 3
+    warm_top: int = field(default=3, metadata=decides("result", 1, 10**6))
     """How many of each of its studies."""
-    each: bool = False
+    each: bool = field(default=False, metadata=decides("result"))
     """Search every dimension alone, in a study of its own, the others at the run's own values."""
-    columns: int = 0
+    members: int = field(default=0, metadata=decides("execution", 0, 10**6))
     """Runs that train as one population (0: as memory allows and a short timing finds)."""
-    sampler_seed: int = 0
+    sampler_seed: int = field(default=0, metadata=decides("result", 0, 2**32 - 1))
     """Seed of the sampler."""
-    heartbeat: int = 10
+    heartbeat: int = field(default=10, metadata=decides("execution", 1, 86_400))
     """Seconds between two signs of life of a worker; six missed ones free its trials."""
 
     def __post_init__(self) -> None:
-        require(self.trials > 0, "study.trials", self.trials, "be > 0")
+        settle(self, "study")
         require(len(self.seeds) > 0, "study.seeds", self.seeds, "name at least one seed")
         require(len(set(self.seeds)) == len(self.seeds), "study.seeds", self.seeds, "not repeat")
-        require(self.rungs >= 0, "study.rungs", self.rungs, "be >= 0")
-        require(self.reduction >= 2, "study.reduction", self.reduction, "be >= 2")
-        require(self.warm_top >= 1, "study.warm_top", self.warm_top, "be >= 1")
         warm = not self.warm_start or self.sampler != "grid"
         require(warm, "study.warm_start", self.warm_start, "be empty for a grid: it has its points")
         grid_only = self.sampler != "grid" or not self.rungs
         require(grid_only, "study.rungs", self.rungs, "be 0 for a grid: its curves need every end")
-        require(self.columns >= 0, "study.columns", self.columns, "be >= 0")
-        require(self.heartbeat >= 1, "study.heartbeat", self.heartbeat, "be >= 1")
+
+
+DECIDING = decided(StudyConfig, "result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSpec:
-    """A sweep: one study for each combination of the values in ``structure``."""
+    """A sweep: one study for each combination of the values in ``structure``.
+
+    >>> spec = SweepSpec(name="mine", train={"model": "proxy-32"},
+    ...                  structure={"model.d_model": [32, 64]},
+    ...                  space={"hparams.lr": Dimension(low=1e-4, high=1e-1, log=True)})
+    >>> [cell.name for cell in spec.cells]
+    ['mine/model.d_model=32', 'mine/model.d_model=64']
+    """
 
     name: str
     """Name of its folder and prefix of its studies."""
@@ -101,14 +113,31 @@ class SweepSpec:
 
     @property
     def identity(self) -> str:
-        """A hash of all that decides a trial's result; budget and columns are not part of it."""
-        data = self.to_dict()
-        usual = to_dict(StudyConfig())
-        for key in FREE:
-            data["study"].pop(key)
+        """A hash of all that decides a trial's result; budget and group size are not part of it."""
+        data, usual = self.to_dict(), to_dict(StudyConfig())
         # A key that a later version adds leaves the sweeps before it what they are.
-        data["study"] = {k: v for k, v in data["study"].items() if v != usual[k]}
+        data["study"] = {k: data["study"][k] for k in DECIDING if data["study"][k] != usual[k]}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """In what two specs (plain data) differ of what decides a trial's result, key by key.
+
+    >>> differences({"study": {"trials": 5}, "space": {"hparams.lr": {"low": 0.1}}},
+    ...             {"study": {"trials": 9}, "space": {"hparams.lr": {"low": 0.2}}})
+    ['space.hparams.lr.low: 0.1 there, 0.2 here']
+    """
+    usual = to_dict(StudyConfig())
+    there, here = (
+        dict(_leaves({**spec, "study": {k: spec["study"].get(k, usual[k]) for k in DECIDING}}, ""))
+        for spec in (old, new)
+    )
+    changed = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    return [f"{key}: {_said(there, key)} there, {_said(here, key)} here" for key in changed]
+
+
+def _said(leaves: Mapping[str, Any], key: str) -> str:
+    return repr(leaves[key]) if key in leaves else "not set"
 
 
 @dataclass(frozen=True)
@@ -133,7 +162,7 @@ class Cell:
         return SearchSpace({self.only: space[self.only]} if self.only else space)
 
     def config(self, params: Mapping[str, Any] | None = None, seed: int = 0) -> TrainConfig:
-        """The run of one column: this cell with the searched values and a seed."""
+        """The run of one member: this cell with the searched values and a seed."""
         raw: dict[str, Any] = dict(self.spec.train)
         for key, value in {**self.values, **(params or {}), "seed": seed}.items():
             raw = put(raw, key, value)
@@ -180,29 +209,57 @@ def load_spec(name: str | Path | SweepSpec) -> SweepSpec:
     return parse_spec({"name": path.stem, **load_toml(path)}, str(path))
 
 
-def parse_spec(raw: Mapping[str, Any], origin: str) -> SweepSpec:
-    """A spec from plain data; every cell's config is resolved, so a typo fails here."""
+def parse_spec(raw: Mapping[str, Any], origin: str, stored: bool = False) -> SweepSpec:
+    """A spec from plain data; every cell's config is resolved, so a typo fails here.
+
+    One that is ``stored`` with its trials opens though it says what would now be refused for having
+    no effect: its trials are none the worse for it.
+    """
     try:
-        spec = from_dict(SweepSpec, _flat(dict(raw)))
+        spec = from_dict(SweepSpec, _flat(_renamed(raw)))
         _check(spec)
+        if not stored:
+            _check_effect(spec)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
     return spec
 
 
+def _renamed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec with today's keys, where it has old ones."""
+    study = raw.get("study", {})
+    if not isinstance(study, Mapping):
+        return dict(raw)
+    for old, new in RENAMED.items():
+        if old in study and new in study:
+            raise ConfigError(f"study.{old} = {study[old]!r}: is study.{new} by now; leave one")
+    return {**raw, "study": {RENAMED.get(key, key): value for key, value in study.items()}}
+
+
 def _flat(raw: dict[str, Any]) -> dict[str, Any]:
     """TOML reads an unquoted dotted key as nested tables; undo that below [structure], [space]."""
     for table in ("structure", "space"):
-        raw[table] = dict(_leaves(raw.get(table, {}), ""))
+        raw[table] = dict(_leaves(raw.get(table, {}), "", whole=table == "space"))
+    for key, dimension in raw["space"].items():
+        given = isinstance(dimension, dict | Dimension)
+        other = given and isinstance(dimension, dict) and {"min", "max"} & dimension.keys()
+        require(given and not other, f"space.{key}", dimension,
+                "be a range { low = …, high = … } or { values = […] }")  # fmt: skip
     return raw
 
 
-def _leaves(table: Any, prefix: str) -> list[tuple[str, Any]]:
-    dimension = isinstance(table, dict) and {"low", "high", "values"} & table.keys()
-    if not isinstance(table, dict) or dimension:
+def _leaves(table: Any, prefix: str, whole: bool = False) -> list[tuple[str, Any]]:
+    """Dotted key → value of nested tables; ``whole`` leaves the lowest ones (dimensions) whole."""
+    if not isinstance(table, dict):
+        return [(prefix, table)]
+    if (
+        whole
+        and prefix
+        and not any(isinstance(below, dict | Dimension) for below in table.values())
+    ):
         return [(prefix, table)]
     dotted = [(f"{prefix}.{key}".lstrip("."), below) for key, below in table.items()]
-    return [leaf for key, below in dotted for leaf in _leaves(below, key)]
+    return [leaf for key, below in dotted for leaf in _leaves(below, key, whole)]
 
 
 def _check(spec: SweepSpec) -> None:
@@ -216,6 +273,9 @@ def _check(spec: SweepSpec) -> None:
     for key, values in spec.structure.items():
         if not isinstance(values, list | tuple) or not values:
             raise ConfigError(f"structure.{key} = {values!r}: expected a list of values")
+    studies = math.prod(map(len, spec.structure.values())) * (len(spec.space) ** spec.study.each)
+    require(studies <= MOST_STUDIES, "structure", f"{studies:,} studies",
+            f"make at most {MOST_STUDIES:,} of them")  # fmt: skip
     plain = re.fullmatch(r"[\w.+-]+", spec.name) and not spec.name.startswith(".")
     require(bool(plain), "name", spec.name, "be letters, digits, and . _ + -")
     halving = spec.study.reduction**spec.study.rungs
@@ -225,7 +285,10 @@ def _check(spec: SweepSpec) -> None:
         fits = not spec.study.rungs or halving < config.steps
         most = f"leave reduction**rungs below {config.steps} steps"
         require(fits, "study.rungs", spec.study.rungs, most)
-        if spec.study.sampler == "grid" and len(cell.search_space.grid(cell.center())) < 3:
+        points = cell.search_space.size(cell.center()) if spec.study.sampler == "grid" else 3
+        require(points <= MOST_POINTS, "space", f"a grid of {points:,} points",
+                f"make at most {MOST_POINTS:,}, or search each alone (study.each)")  # fmt: skip
+        if points < 3:
             raise ConfigError(
                 f"{cell.name}: fewer than three grid points around the run's own values "
                 f"{cell.center()}; widen [space] or move [train.hparams]"
@@ -237,3 +300,42 @@ def _check(spec: SweepSpec) -> None:
     require(own, "study.warm_start", spec.study.warm_start, "be another sweep's name")
     if spec.train.get("seed") is not None:
         raise ConfigError("train.seed: a sweep's seeds are study.seeds")
+
+
+MOST_STUDIES, MOST_POINTS = 10_000, 100_000  # what is listed before anything trains
+
+HONOURED = ("accumulate",)
+"""What decides the execution or the record of a run, and a population takes as it is said."""
+ANYWAY = {"memory": "exact", "parallel.checkpointing": "none"}
+"""What a population does whatever is said."""
+
+
+ALONE = (
+    "be left out: a sweep trains its runs side by side in one process, in exact memory, and "
+    "records their losses alone"
+)
+
+
+def _check_effect(spec: SweepSpec) -> None:
+    """Refuse what would have no effect: one who wrote it expects one."""
+    for key, values in spec.structure.items():
+        require(not _repeats(values), f"structure.{key}", values, "name each value once")
+    for key, dimension in spec.space.items():
+        require(not _repeats(dimension.values), f"space.{key}.values", dimension.values,
+                "name each value once")  # fmt: skip
+        for name in ("low", "high", "log", "ratio", "points") if dimension.values else ():
+            value, usual = getattr(dimension, name), getattr(Dimension(values=(0.0,)), name)
+            require(value == usual, f"space.{key}.{name}", value, "be left out beside values")
+    for cell in spec.cells:
+        _check_executed(cell.config())
+
+
+def _repeats(values: Sequence[Any]) -> bool:
+    return any(value in values[:i] for i, value in enumerate(values))
+
+
+def _check_executed(config: TrainConfig) -> None:
+    """Refuse a run that says how it is executed or recorded alone: it is one of a population."""
+    usual = TrainConfig(model=config.model, base=config.base)
+    for name, _, here in differing(usual, config, "execution", "record", apart=HONOURED):
+        require(here == ANYWAY.get(name), name, here, ALONE)

@@ -1,4 +1,4 @@
-"""Every test runs in its own folder, in float64 where it says so, with no network and no wandb."""
+"""Every test and doctest runs in its own folder, on one thread, with no network and no wandb."""
 
 import os
 
