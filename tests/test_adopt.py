@@ -307,7 +307,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, {tests!r})
 from test_adopt import SHAPE, TheirGPT, initialized, reference_run, train, untied
 from mupgpt.distributed.processes import leave_group
-from mupgpt.optim.members import effective_lrs
+from mupgpt.optim.rates import effective_lrs
 
 torch.set_num_threads(1)
 rank, world = int(sys.argv[1]), int(sys.argv[2])
@@ -705,6 +705,33 @@ def test_transformers_trainer_steps_by_the_table(tied, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(again(ids(3)).logits, model(ids(3)).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rule", ["mup", "mup-sgd", "mup-lion", "mup-muon"])
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [("cosine_with_min_lr", {"min_lr": 6e-4}), ("polynomial", {"lr_end": 6e-4})],
+)
+def test_transformers_schedules_end_where_they_say(rule, name, asked):
+    """Those that read ``optimizer.defaults["lr"]``: from the base's 6e-3 to a tenth of it, and so
+    every parameter to a tenth of its own."""
+    from transformers import get_scheduler
+
+    ours = mg.adopt(
+        lambda width: mlp(width, width), base=64, delta=128, rule=rule, hparams=HParams(lr=6e-3)
+    )
+    model = ours.build(256)
+    optimizer, rows = ours.optimizer(model), ours.table(model).rows
+    schedule = get_scheduler(name, optimizer, 0, 8, scheduler_specific_kwargs=asked)
+    assert effective_lrs(optimizer) == {n: row.lr for n, row in rows.items()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for _ in range(8):
+        optimizer.step()
+        schedule.step()
+    assert effective_lrs(optimizer) == pytest.approx({n: row.lr / 10 for n, row in rows.items()})
 
 
 @pytest.mark.slow

@@ -141,7 +141,8 @@ def test_lost_updates_are_counted_exactly(dtype):
     # With β = 0 and v = 1 the step is −lr·m: the update is what stands in m.
     state = {"step": torch.tensor(1.0), "exp_avg": -updates.to(p), "exp_avg_sq": p.grad}
     group = {"params": [p], "names": ["w"], "lr": 1.0, "betas": (0.0, 0.0), "eps": 1e-300}
-    planted = SimpleNamespace(param_groups=[{**group, "weight_decay": 0.0}], state={p: state})
+    planted = torch.optim.AdamW([{**group, "weight_decay": 0.0}])
+    planted.state[p] = state
     table = SimpleNamespace(rows={"w": SimpleNamespace(role="hidden", residual_out=False)})
     share = measure(planted, table)["health/hidden/lost_in_bf16"]
     assert share == int(lost.sum()) / len(HALF_ULP)
@@ -185,7 +186,7 @@ model, optimizer, table = built(config())
 for block in model.blocks:
     fully_shard(block)
 fully_shard(model)
-from mupgpt.optim.members import make_optimizer
+from mupgpt.optim.make import make_optimizer
 optimizer = make_optimizer(model, table)
 for step in range(3):
     train_step(model, optimizer, batch(step), lr_factor=1.0, grad_clip=0.5)

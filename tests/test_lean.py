@@ -1,6 +1,5 @@
 """Sixteen-bit optimizers: exact masters, unbiased rounding, slices, and the same loss curve."""
 
-import copy
 import dataclasses
 
 import pytest
@@ -238,30 +237,15 @@ def test_no_temporary_is_larger_than_a_slice(memory):
 
 
 @pytest.mark.parametrize("memory", ["split", "lean"])
-def test_a_continued_run_is_the_uninterrupted_one(memory):
-    def run(steps, model, optimizer):
-        for step in steps:
-            gradients(model, step)
-            optimizer.step()
-
+def test_state_has_sixteen_bits(memory):
     model = half_model()
     optimizer = make_optimizer(model, TABLE, memory)
-    run(range(3), model, optimizer)
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    run(range(3, 6), model, optimizer)
-    again = half_model()
-    again.load_state_dict(saved[0])
-    fresh = make_optimizer(again, TABLE, memory)
-    fresh.load_state_dict(saved[1])
-    run(range(3, 6), again, fresh)
-    for p, q in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(p, q)
-        for key, value in optimizer.state[p].items():
-            assert value.dtype == fresh.state[q][key].dtype
-            assert torch.equal(value, fresh.state[q][key]), key
-    dtypes = {k: v.dtype for k, v in optimizer.state[p].items()}
-    assert dtypes["exp_avg"] == dtypes["exp_avg_sq"] == torch.bfloat16
-    assert dtypes.get("remainder") == (torch.int16 if memory == "split" else None)
+    gradients(model, 0)
+    optimizer.step()
+    kinds = {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16, "step": torch.float32}
+    kinds |= {"remainder": torch.int16} if memory == "split" else {}
+    for p in model.parameters():
+        assert {key: value.dtype for key, value in optimizer.state[p].items()} == kinds
 
 
 def test_a_compiled_update_is_one_program_for_all_steps():

@@ -11,7 +11,7 @@ import mupgpt.model.gpt as model_module
 from mupgpt.config.schema import Base, GPTConfig, HParams
 from mupgpt.model.gpt import GPT
 from mupgpt.model.init import init_weights
-from mupgpt.model.losses import chunked_loss, token_loss
+from mupgpt.model.losses import IGNORED, chunked_loss, token_loss
 from mupgpt.parametrization.table import parametrize
 
 SHAPE = GPTConfig(n_layer=1, d_model=16, n_head=2, vocab_size=37, seq_len=8)
@@ -30,6 +30,7 @@ def draw(dtype, n=23, d=16, vocab=50):
 @pytest.mark.parametrize("factor", [1.0, 0.3])
 def test_losses_and_gradients_are_the_plain_ones(size, factor):
     h, weight, targets, weights = draw(torch.float64)
+    targets[[0, 5, 6, 22]] = IGNORED
     results = []
     for loss in (
         token_loss(F.linear(h * factor, weight), targets),
@@ -37,6 +38,7 @@ def test_losses_and_gradients_are_the_plain_ones(size, factor):
     ):
         grads = torch.autograd.grad((loss * weights).sum(), (h, weight))
         results.append((loss, *grads))
+    assert (results[0][0] == 0).nonzero().flatten().tolist() == [0, 5, 6, 22]
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 

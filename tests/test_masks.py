@@ -313,8 +313,8 @@ def stop_at(trainer, step):
     """A learning rate that ends the run in front of ``step``, as if it had been killed."""
     original = trainer._lr_factor
 
-    def factor(at=None):
-        if at is None and trainer.step == step:
+    def factor(at):
+        if at == trainer.step == step:
             raise StopIteration
         return original(at)
 

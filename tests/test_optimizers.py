@@ -1,15 +1,28 @@
-"""Each optimizer is its paper's or torch's, for one model and for members; groups are the table."""
+"""A table of optimizers and the laws that each row obeys; what each is, and clipping.
+
+A new optimizer is a new row of `ROWS` (and a line of `UNIT`, if it has a step of its own).
+"""
 
 import copy
+from dataclasses import dataclass, field
 
 import pytest
 import torch
+from ranks import launch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mupgpt.config.schema import Base, GPTConfig, HParams
+from mupgpt.checkpoint.state import load_model, load_optimizer, state_groups
+from mupgpt.checkpoint.writer import save
+from mupgpt.config.schema import Base, GPTConfig, HParams, ParallelConfig, TrainConfig
+from mupgpt.distributed.parallel import materialize, parallelize
+from mupgpt.distributed.processes import Grid
+from mupgpt.errors import ConfigError
 from mupgpt.model.gpt import GPT
 from mupgpt.model.init import init_weights
+from mupgpt.model.shards import local, piece
 from mupgpt.optim.clip import clip_gradients
 from mupgpt.optim.groups import param_groups
+from mupgpt.optim.lean import LeanAdamW, join
 from mupgpt.optim.make import make_optimizer
 from mupgpt.optim.members import MemberAdamW, PerMember
 from mupgpt.optim.rates import effective_lrs, set_lr
@@ -26,41 +39,284 @@ HPS = [
 TABLES = [parametrize(CONFIG, BASE, hp, "mup") for hp in HPS]
 
 
-def population():
-    model = GPT(CONFIG, members=3).double()
-    init_weights(model, TABLES, [0, 1, 2])
-    return model
+def decoupled_radam(groups):
+    """An optimizer of a user's own."""
+    return torch.optim.RAdam(groups, decoupled_weight_decay=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An optimizer as the tests make it, and what it promises."""
+
+    kind: type
+    """Its class for one model."""
+    rule: str = "mup"
+    memory: str = "exact"
+    own: dict = field(default_factory=dict)
+    members: type | None = PerMember
+    """Its class for members; None where it has none."""
+    vectors: bool = False
+    """Whether members' values come as vectors, as on a GPU."""
+    apart: float = 0.0
+    """By how much a member may differ from a solo run; 0 is bit for bit."""
+    sharded: float | None = 1e-12
+    """By what share of its movement a sharded weight may differ; None where that is not tried."""
+    rounded: float = 1e-9
+    """Relative error of one step."""
+
+
+ROWS = {
+    "adamw": Row(torch.optim.AdamW, members=MemberAdamW),
+    "adamw in vectors": Row(torch.optim.AdamW, members=MemberAdamW, vectors=True, apart=1e-12),
+    "sgd": Row(torch.optim.SGD, rule="mup-sgd"),
+    "lion": Row(Lion, rule="mup-lion"),
+    "muon and adamw, joint": Row(Joint, rule="mup-muon", sharded=0.05),  # it iterates in bf16
+    "one's own": Row(torch.optim.RAdam, own={"adamw": decoupled_radam}),
+    # tests/test_lean_sharded.py: which numbers round up depends on the slices.
+    "split": Row(LeanAdamW, memory="split", members=None, sharded=None, rounded=1e-6),
+    "lean": Row(LeanAdamW, memory="lean", members=None, sharded=None, rounded=2**-7),
+}
+UNIT = {
+    "adamw": lambda g, eps: g / (g.abs() + eps),
+    "sgd": lambda g, eps: g,
+    "lion": lambda g, eps: g.sign(),
+    "muon": lambda g, eps: orthogonal(g, "original"),
+    "one's own": lambda g, eps: g,  # RAdam's first steps are not rectified
+}
+"""Optimizer of a row → its first step at rate 1 without decay, of a gradient."""
+rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+with_members = pytest.mark.parametrize(
+    "row", [row for row in ROWS.values() if row.members], ids=[n for n in ROWS if ROWS[n].members]
+)
+
+
+def fresh(row, hp=HPS[0], seed=0):
+    """One model, its table and its optimizer before the first step."""
+    model = GPT(CONFIG).to(torch.float64 if row.memory == "exact" else torch.bfloat16)
+    table = parametrize(CONFIG, BASE, hp, row.rule)
+    init_weights(model, table, seed)
+    return model, table, make_optimizer(model, table, row.memory, optimizers=row.own)
+
+
+def together(row, hps, seeds):
+    """As many members, their tables and their optimizer."""
+    model = GPT(CONFIG, members=len(hps)).double()
+    tables = [parametrize(CONFIG, BASE, hp, row.rule) for hp in hps]
+    init_weights(model, tables, seeds)
+    if row.vectors:
+        return model, tables, MemberAdamW(param_groups(model, tables), vectors=True)
+    return model, tables, make_optimizer(model, tables, optimizers=row.own)
 
 
 def gradients(model, step):
     generator = torch.Generator().manual_seed(step)
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
 
 
-def test_member_adamw_is_torch_adamw():
-    together = population()
-    optimizer = make_optimizer(together, TABLES)
-    assert isinstance(optimizer, MemberAdamW)
-    solos = []
-    for k, table in enumerate(TABLES):
-        solo = GPT(CONFIG).double()
-        init_weights(solo, table, k)
-        groups = param_groups(solo, table)
-        solos.append((solo, torch.optim.AdamW(groups, foreach=False, fused=False)))
-    for step in range(10):
-        gradients(together, step)
-        grads = [p.grad.clone() for p in together.parameters()]
-        set_lr(optimizer, 1 / (step + 1))
+def trained(model, optimizer, steps):
+    """Weights after steps on fixed random gradients, the rate halved each step."""
+    for step in steps:
+        gradients(model, step)
+        set_lr(optimizer, 0.5**step)
         optimizer.step()
-        for k, (solo, reference) in enumerate(solos):
-            for p, grad in zip(solo.parameters(), grads, strict=True):
-                p.grad = grad[k].clone()
-            set_lr(reference, 1 / (step + 1))
-            reference.step()
-    for k, (solo, _) in enumerate(solos):
-        for p, q in zip(together.parameters(), solo.parameters(), strict=True):
-            torch.testing.assert_close(p[k], q, rtol=1e-13, atol=1e-14)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def exact(p, optimizer):
+    """A weight as its optimizer knows it."""
+    state = optimizer.state[p]
+    return join(p.detach(), state["remainder"]) if "remainder" in state else p.detach()
+
+
+@rows
+def test_the_rule_names_the_optimizer(row):
+    assert type(fresh(row)[2]) is row.kind
+    if row.members:
+        assert type(together(row, HPS, [0, 1, 2])[2]) is row.members
+
+
+@rows
+def test_every_row_of_the_table_is_stepped_at_its_rate(row):
+    """Derived anew at every step, whatever it was before; and schedulers find the base's rate."""
+    model, table, optimizer = fresh(row)
+    for factor in (0.5, 0.1, 0.7):
+        set_lr(optimizer, factor)
+    assert effective_lrs(optimizer) == {name: r.lr * 0.7 for name, r in table.rows.items()}
+    assert set(effective_lrs(optimizer)) == set(dict(model.named_parameters()))
+    assert optimizer.defaults["lr"] == table.lr == HPS[0].lr
+
+
+BIG = HParams(lr=0.1, weight_decay=2.0)  # steps that sixteen bits can tell
+
+
+@rows
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_a_step_has_the_tables_rate_and_decay(row, factor):
+    """w₁ = −f·η·unit(g) from 0, and 1 − f·η·λ from 1 without a gradient, parameter by parameter."""
+    model, table, optimizer = fresh(row, BIG)
+    gradients(model, 0)
+    stepped_from(0.0, model, optimizer, factor)
+    for name, p in model.named_parameters():
+        r = table.rows[name]
+        unit = UNIT["one's own" if row.own else r.optimizer]
+        expected = -factor * r.lr * unit(p.grad.double(), r.eps)
+        torch.testing.assert_close(exact(p, optimizer).double(), expected, rtol=row.rounded, atol=0)
+    model, table, optimizer = fresh(row, BIG)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    stepped_from(1.0, model, optimizer, factor)
+    for name, p in model.named_parameters():
+        kept = 1 - factor * table.rows[name].lr_wd
+        found = exact(p, optimizer).double()
+        torch.testing.assert_close(found, torch.full_like(found, kept), rtol=row.rounded, atol=0)
+        assert kept < 1 or bool((found == 1).all())
+
+
+def stepped_from(value, model, optimizer, factor):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(value)
+    set_lr(optimizer, factor)
+    optimizer.step()
+
+
+class Zeros(TorchDispatchMode):
+    """Counts the tensors of zeros that are made."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.made += "zeros" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@rows
+def test_state_is_made_once(row):
+    pairs = [fresh(row)] + ([together(row, HPS, [0, 1, 2])] if row.members else [])
+    for model, _, optimizer in pairs:
+        counts = []
+        for step in range(3):
+            gradients(model, step)
+            with Zeros() as seen:
+                optimizer.step()
+            counts.append(seen.made)
+        assert counts[1:] == [0, 0]
+        assert counts[0] > 0 or row.kind is torch.optim.SGD  # whose first momentum is the gradient
+
+
+@rows
+@pytest.mark.parametrize("through", ["state_dict", "checkpoint"])
+def test_a_continued_run_is_the_unbroken_one(row, through, tmp_path):
+    model, _, optimizer = fresh(row)
+    trained(model, optimizer, range(3))
+    again, _, other = fresh(row, seed=7)
+    if through == "state_dict":
+        again.load_state_dict(copy.deepcopy(model.state_dict()))
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        saved = save(tmp_path, 3, state_groups(model, optimizer), {}, keep=1)
+        load_model(again, saved)
+        load_optimizer(other, saved)
+    whole = trained(model, optimizer, range(3, 6))
+    for name, p in trained(again, other, range(3, 6)).items():
+        assert torch.equal(p, whole[name]), name
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        for key, value in optimizer.state[p].items():
+            assert value.dtype == other.state[q][key].dtype
+            assert torch.equal(value, other.state[q][key]), key
+
+
+@with_members
+def test_a_member_is_a_solo_run(row):
+    """Each at a rate of its own; after others have gone; and where another one began anew."""
+    model, tables, optimizer = together(row, HPS, [0, 1, 2])
+    solos = [fresh(row, hp, seed) for seed, hp in enumerate(HPS)]
+    here = [0, 1, 2]
+    for step in range(9):
+        if step == 3:
+            here = [2, 0]
+            model.keep_members(here)
+            optimizer.keep(here)
+        if step == 6:  # the first of the two gives its place to a run of the second's values
+            solos.append(fresh(row, HPS[1], 5))
+            here = [3, 0]
+            tables = [solos[k][1] for k in here]
+            model.put_members([0], together(row, [HPS[1]], [5])[0])
+            model.apply_table(tables)
+            optimizer.renew([0], model, tables)
+        factors = [1 / (1 + step + k) for k in here]
+        gradients(model, step)
+        whole = [p.grad.clone() for p in model.parameters()]
+        set_lr(optimizer, factors)
+        optimizer.step()
+        for place, (k, factor) in enumerate(zip(here, factors, strict=True)):
+            alone, _, its = solos[k]
+            for p, grad in zip(alone.parameters(), whole, strict=True):
+                p.grad = grad[place].clone()
+            set_lr(its, factor)
+            its.step()
+            for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+                torch.testing.assert_close(p[place], q, rtol=0, atol=row.apart)
+
+
+@pytest.mark.slow
+def test_shards_are_stepped_as_the_whole():
+    launch(2, step_shards)
+
+
+def step_shards():
+    """Each row on this process's part of a model, beside the whole of it."""
+    device = torch.device("cpu")
+    grid = Grid.of(TrainConfig(model=CONFIG, base=BASE, batch_size=2), device)
+    for name, row in ROWS.items():
+        if row.sharded is None:
+            continue
+        whole, table, alone = fresh(row)
+        with torch.device("meta"):
+            model = GPT(CONFIG).double()
+        parallelize(model, ParallelConfig(), grid, half=False)
+        materialize(model, device)
+        init_weights(model, table, 0)
+        optimizer = make_optimizer(model, table, optimizers=row.own)
+        start = {name: local(p).detach().clone() for name, p in model.named_parameters()}
+        for step in range(4):
+            gradients(whole, step)
+            for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+                p.grad = torch.empty_like(p)
+                local(p.grad).copy_(part(p, q.grad))
+            for each in (optimizer, alone):
+                set_lr(each, 0.5**step)
+                each.step()
+        for (site, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
+            found, expected = local(p).detach(), part(p, q.detach())
+            moved = (expected - start[site]).square().mean().sqrt()
+            off = (found - expected).square().mean().sqrt()
+            assert off <= row.sharded * moved, (name, site, float(off / moved))
+
+
+def part(p, whole):
+    """What this process holds of ``whole``, of which ``p`` is the sharded form."""
+    mine = piece(p)
+    ends = zip(mine.offset, mine.data.shape, strict=True)
+    return whole[tuple(slice(a, a + n) for a, n in ends)]
+
+
+def test_an_optimizer_of_ones_own_steps_what_it_is_given():
+    made = {"adamw": lambda groups: torch.optim.RAdam(groups[:1])}
+    with pytest.raises(ConfigError, match=r"optimizers\['adamw'\] made RAdam: must be .* as they"):
+        fresh(Row(torch.optim.RAdam, own=made))
+    with pytest.raises(ConfigError, match=r"unknown optimizer 'adam'; did you mean 'adamw'"):
+        fresh(Row(torch.optim.RAdam, own={"adam": decoupled_radam}))
+    with pytest.raises(ConfigError, match=r"memory = 'split': .* optimizers names another adamw"):
+        fresh(Row(torch.optim.RAdam, own={"adamw": decoupled_radam}, memory="split"))
+
+
+def test_what_a_checkpoint_cannot_hold_is_refused_by_name():
+    model, _, optimizer = fresh(Row(torch.optim.NAdam, own={"adamw": torch.optim.NAdam}))
+    trained(model, optimizer, range(1))
+    with pytest.raises(ConfigError, match=r"'mu_product' of wte.weight is a tensor \(\); must be"):
+        state_groups(model, optimizer)
 
 
 def test_groups_are_the_table():
@@ -79,57 +335,32 @@ def test_groups_are_the_table():
     assert {len(group["params"]) == len(group["names"]) for group in groups} == {True}
 
 
-def test_lr_is_derived_never_accumulated():
-    model = GPT(CONFIG)
-    init_weights(model, TABLES[0], 0)
-    optimizer = make_optimizer(model, TABLES[0])
-    for factor in (0.5, 0.1, 0.7):
-        set_lr(optimizer, factor)
-    lrs = effective_lrs(optimizer)
-    assert lrs == {name: row.lr * 0.7 for name, row in TABLES[0].rows.items()}
-    assert lrs["wte.weight"] / lrs["blocks.0.attn.q.weight"] == pytest.approx(2.0)
-
-
-OTHERS = ("mup-sgd", "mup-lion", "mup-muon")
-
-
-def trained(model, optimizer, steps):
-    """Weights after steps on fixed random gradients, the rate halved each step."""
-    for step in steps:
-        gradients(model, step)
-        set_lr(optimizer, 0.5**step)
+def test_member_adamw_is_torch_adamw():
+    members, _, optimizer = together(ROWS["adamw"], HPS, [0, 1, 2])
+    solos = []
+    for k, table in enumerate(TABLES):
+        solo = GPT(CONFIG).double()
+        init_weights(solo, table, k)
+        groups = param_groups(solo, table)
+        solos.append((solo, torch.optim.AdamW(groups, foreach=False, fused=False)))
+    for step in range(10):
+        gradients(members, step)
+        grads = [p.grad.clone() for p in members.parameters()]
+        set_lr(optimizer, 1 / (step + 1))
         optimizer.step()
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def fresh(rule, hp=HPS[0]):
-    model = GPT(CONFIG).double()
-    table = parametrize(CONFIG, BASE, hp, rule)
-    init_weights(model, table, 0)
-    return model, table, make_optimizer(model, table)
-
-
-def test_the_rule_names_the_optimizer():
-    kinds = {rule: type(fresh(rule)[2]) for rule in ("mup", *OTHERS)}
-    adamw, sgd = torch.optim.AdamW, torch.optim.SGD
-    assert kinds == {"mup": adamw, "mup-sgd": sgd, "mup-lion": Lion, "mup-muon": Joint}
-
-
-@pytest.mark.parametrize("rule", OTHERS)
-def test_rates_are_the_tables_under_every_optimizer(rule):
-    model, table, optimizer = fresh(rule)
-    for factor in (0.5, 0.7):
-        set_lr(optimizer, factor)
-    assert effective_lrs(optimizer) == {name: row.lr * 0.7 for name, row in table.rows.items()}
-    names = [name for group in optimizer.param_groups for name in group["names"]]
-    assert sorted(names) == sorted(dict(model.named_parameters()))
-    for group in optimizer.param_groups:
-        assert {table.rows[name].optimizer for name in group["names"]} == {group["optimizer"]}
+        for k, (solo, reference) in enumerate(solos):
+            for p, grad in zip(solo.parameters(), grads, strict=True):
+                p.grad = grad[k].clone()
+            set_lr(reference, 1 / (step + 1))
+            reference.step()
+    for k, (solo, _) in enumerate(solos):
+        for p, q in zip(members.parameters(), solo.parameters(), strict=True):
+            torch.testing.assert_close(p[k], q, rtol=1e-13, atol=1e-14)
 
 
 def test_lion_is_its_papers():
     """Algorithm 2 of arXiv 2302.06675, one number at a time, with weight decay."""
-    model, table, optimizer = fresh("mup-lion")
+    model, table, optimizer = fresh(ROWS["lion"])
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     ours = trained(model, optimizer, range(5))
     generators = [torch.Generator().manual_seed(step) for step in range(5)]
@@ -144,7 +375,7 @@ def test_lion_is_its_papers():
 
 
 def test_sgd_has_the_first_moment_as_momentum():
-    model, table, optimizer = fresh("mup-sgd", HPS[1])
+    model, table, optimizer = fresh(ROWS["sgd"], HPS[1])
     assert {group["momentum"] for group in optimizer.param_groups} == {HPS[1].beta1}
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     ours = trained(model, optimizer, range(3))
@@ -159,9 +390,9 @@ def test_sgd_has_the_first_moment_as_momentum():
 
 def test_muon_is_torchs_beside_torchs_adamw():
     """Two optimizers of torch, each for its own parameters, make the same weights."""
-    model, table, optimizer = fresh("mup-muon")
+    model, table, optimizer = fresh(ROWS["muon and adamw, joint"])
     ours = trained(model, optimizer, range(4))
-    other, _, _ = fresh("mup-muon")
+    other, _, _ = fresh(ROWS["muon and adamw, joint"])
     parts = []
     for kind, make in (("muon", torch.optim.Muon), ("adamw", torch.optim.AdamW)):
         for name, p in other.named_parameters():
@@ -180,29 +411,19 @@ def test_muon_is_torchs_beside_torchs_adamw():
         torch.testing.assert_close(ours[name], p.detach(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", ["mup", *OTHERS])
-def test_a_loaded_state_goes_on_where_it_stopped(rule):
-    model, _, optimizer = fresh(rule)
-    trained(model, optimizer, range(3))
-    saved = {name: p.detach().clone() for name, p in model.named_parameters()}
-    state = copy.deepcopy(optimizer.state_dict())
-    whole = trained(model, optimizer, range(3, 6))
-    again, _, other = fresh(rule)
-    with torch.no_grad():
-        for name, p in again.named_parameters():
-            p.copy_(saved[name])
-    other.load_state_dict(state)
-    for name, p in trained(again, other, range(3, 6)).items():
-        assert torch.equal(p, whole[name]), name
+def orthogonal(grad, kind):
+    """Muon's step at rate 1: ``grad`` with all singular values alike, scaled as ``kind`` says."""
+    w = torch.nn.Parameter(torch.zeros_like(grad))
+    w.grad = grad
+    torch.optim.Muon([w], lr=1.0, weight_decay=0.0, momentum=0.9, adjust_lr_fn=kind).step()
+    return -w.detach()
 
 
 def gain(update, kind):
     """RMS→RMS norm of a matrix's update: the most by which it changes what it is applied to."""
-    w = torch.nn.Parameter(torch.zeros_like(update))
-    w.grad = update
-    torch.optim.Muon([w], lr=1.0, weight_decay=0.0, adjust_lr_fn=kind).step()
     fan_out, fan_in = update.shape
-    return float(torch.linalg.matrix_norm(w.detach(), 2)) * (fan_in / fan_out) ** 0.5
+    step = orthogonal(update, kind)
+    return float(torch.linalg.matrix_norm(step, 2)) * (fan_in / fan_out) ** 0.5
 
 
 @pytest.mark.parametrize("fan_out", [1, 4])
@@ -221,12 +442,12 @@ def test_muons_own_scale_transfers_across_width_and_matching_adam_does_not(fan_o
             assert gains.abs().max() < 0.35  # Newton-Schulz ends between 0.7 and 1.2
 
 
+MIXED = ("mup", "mup-sgd", "mup-lion", "mup-muon", "mup", "mup-muon")
+
+
 def mixed():
     """Members that differ in optimizer, hyperparameters and seed, and their tables."""
-    tables = [
-        parametrize(CONFIG, BASE, hp, rule)
-        for hp, rule in zip(HPS * 2, ("mup", *OTHERS, "mup", "mup-muon"), strict=True)
-    ]
+    tables = [parametrize(CONFIG, BASE, hp, rule) for hp, rule in zip(HPS * 2, MIXED, strict=True)]
     model = GPT(CONFIG, members=6).double()
     init_weights(model, tables, list(range(6)))
     return model, tables
@@ -273,7 +494,7 @@ def test_clip_is_torchs_for_one_model():
 
 
 def test_clip_is_per_member_and_zero_only_measures():
-    model = population()
+    model = together(ROWS["adamw"], HPS, [0, 1, 2])[0]
     gradients(model, 0)
     for p in model.parameters():
         p.grad[1] *= 1e-6

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mupgpt.training.population as population_module
-from mupgpt.config.schema import Base, HParams
+from mupgpt.config.schema import Base, HParams, Schedule
 from mupgpt.data.corpus import Corpus
 from mupgpt.errors import ConfigError
 from mupgpt.model.gpt import GPT
@@ -145,6 +145,35 @@ def test_who_comes_later_is_a_solo_run_too(rule):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
+def radam(groups):
+    return torch.optim.RAdam(groups, decoupled_weight_decay=True)
+
+
+def test_a_schedule_and_an_optimizer_of_ones_own_are_those_of_solo_runs():
+    """Each member at its own step: also one that comes later; the step is torch's, bit for bit."""
+    own = {"schedule": lambda step: 1 / (1 + step), "optimizers": {"adamw": radam}}
+    configs = [config(k, rule="mup") for k in range(3)]
+    together = Population(configs[:2], CORPUS, **own)
+    together.train(5)
+    together.replace([0], [configs[2]])
+    together.train()
+    found = together.evaluate()
+    together.keep([2])
+    together.train()
+    found |= together.evaluate()
+    for member, k in ((1, 1), (2, 2)):
+        alone = Population([configs[k]], CORPUS, **own)
+        alone.train()
+        assert found[member] == pytest.approx(alone.evaluate()[0], abs=1e-10)
+        assert found[member] != pytest.approx(trained([configs[k]]).evaluate()[0], abs=1e-3)
+
+
+def test_members_follow_no_schedule_that_is_not_known_here():
+    unknown = Schedule(shape="own", digest="0123456789abcdef")
+    with pytest.raises(ConfigError, match=r"schedule\.shape = 'own'"):
+        Population([dataclasses.replace(config(0), schedule=unknown)], CORPUS)
+
+
 def test_a_place_is_taken_by_what_fits_alone():
     two = Population([config(0, rule="mup"), config(1, rule="mup")], CORPUS)
     with pytest.raises(ConfigError, match=r"rule: a new member takes another optimizer"):
@@ -153,7 +182,7 @@ def test_a_place_is_taken_by_what_fits_alone():
         two.replace([0], [config(0, rule="mup", steps=21)])
 
 
-def vectors(model, tables):
+def vectors(model, tables, optimizers=None):
     return MemberAdamW(param_groups(model, tables), vectors=True)
 
 

@@ -13,10 +13,13 @@ import torch
 
 import mupgpt.trainer as trainer_module
 from mupgpt.checkpoint.verify import load_newest
-from mupgpt.errors import ConfigError, Diverged, Interrupted
+from mupgpt.cli import guarded, run
+from mupgpt.config.plain import load_toml
+from mupgpt.errors import CheckpointError, ConfigError, Crashed, Diverged, Interrupted
 from mupgpt.resolve import overlay, train_config
 from mupgpt.runs.generate import decode, encode_prompt, load_run, sample
 from mupgpt.trainer import Trainer
+from mupgpt.training.folder import locked
 from mupgpt.training.metrics import MetricsLog, Wandb, read_metrics
 
 RAW = {
@@ -82,6 +85,129 @@ def test_resumed_is_unbroken_bit_for_bit(tmp_path, monkeypatch, died_at, rule):
     assert [r["step"] for r in metrics(whole)] == [4, 8, 12, 16, 20]
 
 
+@pytest.mark.parametrize(("died_at", "kept"), [(3, 0), (7, 5)])
+def test_a_second_fit_is_the_unbroken_run(tmp_path, monkeypatch, died_at, kept):
+    """One Trainer after a failure: at its checkpoint, or at 0 with the weights of step 0."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = Trainer(config(), whole).fit()
+    trainer = Trainer(config(), broken)
+    with monkeypatch.context() as patch:
+        stop_after(patch, died_at)
+        with pytest.raises(StopAt):
+            trainer.fit()
+    assert trainer.step == died_at
+    begun = []
+    original = Trainer._train_one
+    monkeypatch.setattr(Trainer, "_train_one", lambda t: begun.append(t.step) or original(t))
+    assert trainer.fit() == result
+    assert begun == list(range(kept, 20))
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(broken)[name]), name
+    assert metrics(whole) == metrics(broken)
+
+
+def test_a_finished_run_is_evaluated_and_leaves_no_empty_wandb_run(tmp_path, monkeypatch):
+    trainer = Trainer(config(), tmp_path / "run")
+    first = trainer.fit()
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    monkeypatch.setattr(trainer_module, "Wandb", None)  # opened, it would be an error
+    monkeypatch.setattr(Trainer, "_train_one", None)
+    assert trainer.fit() == first == Trainer(config(), tmp_path / "run").fit()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("eval_every", [1, 20])
+def test_tokens_per_second_are_those_of_training(tmp_path, monkeypatch, eval_every):
+    """A step takes two seconds, and a look or a save a hundred: 64 tokens a step are 32 a second,
+    however often the run is looked at."""
+    now = [0.0]
+
+    def taking(seconds, method):
+        def slowed(*args):
+            now[0] += seconds
+            return method(*args)
+
+        return slowed
+
+    monkeypatch.setattr("mupgpt.training.cadence.time.monotonic", lambda: now[0])
+    for name, seconds in {"_train_one": 2.0, "_evaluate": 100.0, "_save": 100.0}.items():
+        monkeypatch.setattr(Trainer, name, taking(seconds, getattr(Trainer, name)))
+    often = {"eval_every": eval_every, "checkpoint_every": eval_every}
+    Trainer(config(tracking=often), tmp_path / "run").fit()
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    found = [r["perf/tokens_per_s"] for r in records if "perf/tokens_per_s" in r]
+    assert found == [32.0] * 5 and now[0] > 200
+
+
+def triangle(step):
+    return 1 - abs(step - 8) / 20
+
+
+def test_a_schedule_of_ones_own_is_followed_and_continued(tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = Trainer(config(), whole, schedule=triangle).fit()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(StopAt):
+            Trainer(config(), broken, schedule=triangle).fit()
+    assert Trainer(config(), broken, schedule=triangle).fit() == result
+    assert metrics(whole) == metrics(broken)
+    lr = config().hparams.lr
+    assert [r["train/lr"] for r in metrics(whole)] == [lr * triangle(s) for s in range(3, 20, 4)]
+
+
+def test_a_run_is_not_continued_under_another_schedule(tmp_path):
+    run = tmp_path / "run"
+    Trainer(config(), run, schedule=triangle).fit()
+    with pytest.raises(ConfigError, match="belongs to another config: schedule"):
+        Trainer(config(), run, schedule=lambda step: triangle(step) * (step != 19)).fit()
+    with pytest.raises(ConfigError, match="belongs to another config: schedule"):
+        Trainer(config(), run).fit()
+    with pytest.raises(ConfigError, match=r"schedule\.shape = 'own': .*schedule=function"):
+        Trainer(train_config(load_toml(run / "config.json")), run)
+    opened = Trainer(train_config(load_toml(run / "config.json")), run, schedule=triangle)
+    assert opened.fit()["step"] == 20
+    with pytest.raises(ConfigError, match=r"schedule\.shape = 'own': must .*schedule=function"):
+        config(schedule={"shape": "own"})
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), None, "1"])
+def test_a_factor_that_is_none_is_said_before_anything_is_trained(value, tmp_path):
+    with pytest.raises(ConfigError, match=r"schedule\(13\) = .*: must be a finite number >= 0"):
+        Trainer(config(), tmp_path / "run", schedule=lambda step: value if step == 13 else 1.0)
+    assert not (tmp_path / "run").exists()
+
+
+def radam(groups):
+    return torch.optim.RAdam(groups, decoupled_weight_decay=True)
+
+
+def test_an_optimizer_of_ones_own_trains_and_is_continued(tmp_path, monkeypatch):
+    whole, broken, own = tmp_path / "whole", tmp_path / "broken", {"adamw": radam}
+    result = Trainer(config(), whole, optimizers=own).fit()
+    assert result["val/loss"] != Trainer(config(), tmp_path / "ours").fit()["val/loss"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(StopAt):
+            Trainer(config(), broken, optimizers=own).fit()
+    assert Trainer(config(), broken, optimizers=own).fit() == result
+    assert metrics(whole) == metrics(broken)
+    health = {key for r in metrics(whole) for key in r if key.startswith("health/hidden")}
+    assert health == {"health/hidden/weight_rms", "health/hidden/grad_rms"}  # no AdamW's updates
+
+
+def test_a_run_is_not_continued_under_another_optimizer(tmp_path):
+    with pytest.raises(ConfigError, match=r"optimizers: 'mu_product' of .* is a tensor \(\)"):
+        Trainer(config(), tmp_path / "lost", optimizers={"adamw": torch.optim.NAdam}).fit()
+    Trainer(config(), tmp_path / "run", optimizers={"adamw": radam}).fit()
+    for own in ({}, {"adamw": torch.optim.Adamax}):
+        with pytest.raises(ConfigError, match=r"was written under \{'adamw': 'RAdam'\}"):
+            Trainer(config(), tmp_path / "run", optimizers=own).fit()
+    Trainer(config(), tmp_path / "ours").fit()
+    with pytest.raises(ConfigError, match=r"'RAdam'\}: .* under those of the rule"):
+        Trainer(config(), tmp_path / "ours", optimizers={"adamw": radam}).fit()
+
+
 def test_accumulation_is_one_batch(tmp_path):
     losses = []
     for pieces in (1, 4):
@@ -139,7 +265,7 @@ def test_changed_text_is_refused(tmp_path):
 
 def test_a_folder_in_use_names_its_holder(tmp_path):
     with (
-        trainer_module._locked(tmp_path / "run"),
+        locked(tmp_path / "run"),
         pytest.raises(ConfigError, match=rf"in use by process {os.getpid()}; .*--run"),
     ):
         Trainer(config(), tmp_path / "run").fit()
@@ -233,6 +359,59 @@ def test_the_light_door_makes_no_tracebacks(tmp_path, monkeypatch, capsys, argv,
         trainer_module.main()
     assert said in capsys.readouterr().err
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("argv", [["--", "x"], ["--hparams.lr", "3e-3", "proxy-32"]])
+def test_the_config_comes_before_the_flags(argv, capsys):
+    assert run(["train", *argv]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: config = {argv[0]!r}: must be a preset's name or a config file")
+    assert said.count("\n") == 1 and "mupgpt train CONFIG" in said
+
+
+@pytest.mark.parametrize(
+    ("config", "folder"),
+    [("cerebras-gpt-1.3b", "cerebras-gpt-1.3b"), ("below/big-1.3b.toml", "big-1.3b")],
+)
+def test_a_dot_belongs_to_the_name(config, folder, tmp_path, monkeypatch):
+    """By every door: `Path.stem` would train 1.3b and 1.7b in one folder."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "big-1.3b.toml").write_text('model = "proxy-32"')
+    seen = []
+    monkeypatch.setattr(trainer_module, "Trainer", lambda _, where: seen.append(str(where)) or STUB)
+    assert run(["train", config]) == 0
+    if config.endswith(".toml"):
+        monkeypatch.setattr("mupgpt.runs.launch.supervise", lambda _, f, *__: seen.append(str(f)))
+        assert run(["launch", config]) == 0
+        monkeypatch.setattr(sys, "argv", ["trainer", config])
+        trainer_module.main()
+    assert set(seen) == {f"runs/{folder}"} and len(seen) in (1, 3)
+
+
+class STUB:
+    """In the place of a Trainer that has nothing to do."""
+
+    fit = staticmethod(dict)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError, 2), (OSError, 2), (CheckpointError, 1), (Crashed, 1), (Diverged, 1)],
+)
+def test_a_known_failure_is_one_line_and_a_code(error, code, capsys):
+    class Finer(error):
+        """A failure is told by its class, whatever a subclass is called."""
+
+    def command():
+        raise Finer("what went wrong")
+
+    assert guarded(command) == code
+    assert capsys.readouterr().err == "error: what went wrong\n"
+
+
+def test_an_unknown_failure_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="of our own"):
+        guarded(lambda: (_ for _ in ()).throw(RuntimeError("of our own")))
 
 
 def test_metrics_survive_a_torn_line(tmp_path):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mupgpt.checkpoint.reader import Checkpoint
+from mupgpt.errors import ConfigError
 from mupgpt.model.gpt import GPT
 
 __all__ = ["load_model", "load_optimizer", "state_groups"]
@@ -13,14 +14,28 @@ __all__ = ["load_model", "load_optimizer", "state_groups"]
 
 def state_groups(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint holds: ``model``, weights and masks by name; ``optimizer``, moments by
-    KEY.NAME."""
-    moments = {
-        f"{key}.{name}": value
-        for name, p in _named(optimizer)
-        for key, value in optimizer.state[p].items()
-        if isinstance(value, Tensor) and value.shape == p.shape
-    }
+    KEY.NAME.
+
+    Raises ConfigError for an optimizer (of the user's own) that keeps something else: continued, it
+    would silently be another run.
+    """
+    moments: dict[str, Tensor] = {}
+    for name, p in _named(optimizer):
+        for key, value in optimizer.state[p].items():
+            if key == "step" and isinstance(value, Tensor):
+                continue  # the checkpoint's own
+            if not isinstance(value, Tensor) or value.shape != p.shape:
+                raise ConfigError(
+                    f"optimizers: {key!r} of {name} is {_shown(value)}; must be a tensor of the "
+                    "parameter's shape (or the number of steps, a tensor called 'step'): a "
+                    "checkpoint keeps no other state"
+                )
+            moments[f"{key}.{name}"] = value
     return {"model": _state(model), "optimizer": moments}
+
+
+def _shown(value: object) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def load_model(model: GPT, checkpoint: Checkpoint) -> None:

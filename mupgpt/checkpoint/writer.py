@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -31,13 +32,9 @@ from mupgpt.util.host import free_memory
 __all__ = ["Writer", "save"]
 
 
-PART = (
-    2**32
-)  # bytes of a file, unless one tensor takes more: what a save holds on the CPU at a time
-
-
+PART = 2**32
+"""Bytes of a file, unless one tensor takes more: what a save holds on the CPU at a time."""
 TIMEOUT = timedelta(hours=1)  # the slowest process's writing
-
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 """File name → tensor name → tensor, whole or sharded."""
@@ -60,7 +57,7 @@ def save(
     ``keep_steps`` neither go nor count. Every process of the group must call this, with one and the
     same ``root``; an error on one of them is raised on all, and nothing is left of the attempt.
     """
-    return _write(root, step, own_pieces(groups), facts, keep, keep_steps)
+    return _Shelf(root, keep, keep_steps).write(step, own_pieces(groups), facts)
 
 
 class Writer:
@@ -71,12 +68,12 @@ class Writer:
     """
 
     def __init__(self, root: Path, keep: int, keep_steps: Collection[int] = ()) -> None:
-        self._root, self._keep, self._keep_steps = root, keep, keep_steps
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         # Collectives of two threads in one group would meet each other.
         alone = not dist.is_initialized()
-        self._channel = None if alone else dist.new_group(backend="gloo", timeout=TIMEOUT)
+        channel = None if alone else dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._shelf = _Shelf(root, keep, keep_steps, channel)
 
     def save(self, step: int, groups: Groups, facts: Mapping[str, Any]) -> None:
         """Begin a checkpoint: as `save`, of what the tensors hold now."""
@@ -97,7 +94,7 @@ class Writer:
 
     def _run(self, step: int, pieces: Pieces, facts: Mapping[str, Any]) -> None:
         try:
-            _write(self._root, step, pieces, facts, self._keep, self._keep_steps, self._channel)
+            self._shelf.write(step, pieces, facts)
         except Exception as error:
             self._failure = error
 
@@ -136,35 +133,42 @@ def _box(key: str, name: str, p: Piece) -> tuple[Any, ...]:
     return key, name, p.offset, tuple(p.data.shape)
 
 
-def _write(
-    root: Path,
-    step: int,
-    own: Pieces,
-    facts: Mapping[str, Any],
-    keep: int,
-    keep_steps: Collection[int],
-    channel: Any = None,
-) -> Checkpoint:
-    final, temporary = root / f"step-{step:08d}", root / f".tmp-step-{step:08d}"
-    try:
-        need = sum(gather(_bytes(own), channel))
-        on_main(lambda: _prepare(root, temporary, need), channel)
+@dataclass(frozen=True)
+class _Shelf:
+    """Where checkpoints stand, and which of them stay."""
+
+    root: Path
+    keep: int
+    keep_steps: Collection[int]
+    channel: Any = None
+    """The process group in which the writers agree; None is the default one."""
+
+    def write(self, step: int, own: Pieces, facts: Mapping[str, Any]) -> Checkpoint:
+        """One checkpoint of every process's pieces, whole or not at all."""
+        root, channel = self.root, self.channel
+        final, temporary = root / f"step-{step:08d}", root / f".tmp-step-{step:08d}"
+        try:
+            need = sum(gather(_bytes(own), channel))
+            on_main(lambda: _prepare(root, temporary, need), channel)
+            manifest = {"format": FORMAT, "step": step, **self._written(temporary, own), **facts}
+            manifest["sha256"] = self_hash(manifest)
+            on_main(lambda: _commit(temporary, final, manifest), channel)
+        except (OSError, SafetensorError) as error:
+            if is_main():
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"cannot write {final}: {error}") from error
+        on_main(lambda: _prune(root, self.keep, self.keep_steps), channel)
+        return Checkpoint(final, manifest)
+
+    def _written(self, folder: Path, own: Pieces) -> dict[str, Any]:
+        """What the manifest says of all processes' files, this one's written now."""
         files: dict[str, Any] = {}
         slices: dict[str, Any] = {}
-        mine = together(lambda: _write_own(temporary, own), channel)
-        for written, placed in gather(mine, channel):
+        mine = together(lambda: _write_own(folder, own), self.channel)
+        for written, placed in gather(mine, self.channel):
             files |= written
             slices |= placed
-        manifest = {"format": FORMAT, "step": step, "files": files, **facts}
-        manifest |= {"slices": slices} if slices else {}
-        manifest["sha256"] = self_hash(manifest)
-        on_main(lambda: _commit(temporary, final, manifest), channel)
-    except (OSError, SafetensorError) as error:
-        if is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"cannot write {final}: {error}") from error
-    on_main(lambda: _prune(root, keep, keep_steps), channel)
-    return Checkpoint(final, manifest)
+        return {"files": files, "slices": slices} if slices else {"files": files}
 
 
 def _bytes(pieces: Pieces) -> int:

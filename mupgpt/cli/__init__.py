@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from mupgpt.errors import ConfigError
+from mupgpt.errors import CheckpointError, ConfigError, Crashed, Diverged
 from mupgpt.util.stopping import STOPPED
 
 __all__ = ["main"]
 
-USER_MISTAKE = 2
+USER_MISTAKE, FAILED_RUN = 2, 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,17 +32,12 @@ def guarded(command: Callable[[], int | None]) -> int:
     """The command's exit code, its known failures turned into one line."""
     try:
         return command() or 0
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_MISTAKE
     except BrokenPipeError:
         sys.stderr.close()
         return 0
-    except OSError as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_MISTAKE
-    except RuntimeError as error:
-        if type(error).__name__ not in ("CheckpointError", "Crashed", "Diverged"):
-            raise
+    except (CheckpointError, Crashed, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return FAILED_RUN

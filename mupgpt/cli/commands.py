@@ -21,7 +21,7 @@ def parse(argv: list[str]) -> int | None:
     if argv[:1] and argv[0] in WAS:
         argv = [WAS[argv[0]], *argv[1:]]
         print(f"this command is called mupgpt {argv[0]} now", file=sys.stderr)
-    if argv[:1] == ["train"] and len(argv) > 1 and not argv[1].startswith("-"):
+    if argv[:1] == ["train"] and len(argv) > 1 and argv[1] not in ("-h", "--help"):
         return runs.run_train(argv[1], argv[2:])
     app, sweep, data = SubcommandApp(), SubcommandApp(), SubcommandApp()
     commands: list[Callable[..., Any]] = [

@@ -6,14 +6,14 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from mupgpt.cli.shared import one_thread, print_json, read_config, stem, write_text
+from mupgpt.cli.shared import one_thread, print_json, read_config, write_text
 from mupgpt.cli.sweeps import source_of
 from mupgpt.config.plain import load_toml
 from mupgpt.config.schema import TrainConfig
 from mupgpt.errors import unknown
-from mupgpt.presets import PRESETS
 from mupgpt.resolve import train_config
 from mupgpt.util.bundled import bundled
+from mupgpt.util.text import label
 
 __all__ = ["COMMANDS"]
 
@@ -109,7 +109,7 @@ def bridge(
     from mupgpt.evidence.bridge_verdict import run_bridge
 
     one_thread()
-    verdict = run_bridge(plan, out or _results(f"{_label(study)}-to-{_label(to)}"))
+    verdict = run_bridge(plan, out or _results(f"{label(study)}-to-{label(to)}"))
     _say(verdict, json)
     return 0 if verdict.go else 1
 
@@ -118,10 +118,6 @@ def _results(name: str) -> Path:
     """Where the runs are kept; those that 0.1.0 began go on where they are."""
     old = Path("runs") / "rungs" / name
     return old if old.is_dir() else Path("runs") / "bridge" / name
-
-
-def _label(name: str) -> str:
-    return name if name in PRESETS else Path(stem(name)).stem
 
 
 def _say(found: Any, json: bool) -> None:

@@ -11,7 +11,9 @@ from tyro.conf import Positional, arg
 from mupgpt.cli.shared import one_thread, print_json, read_config
 from mupgpt.config.plain import load_toml, to_dict
 from mupgpt.config.schema import GPTConfig, TrainConfig
+from mupgpt.errors import ConfigError
 from mupgpt.resolve import overlay, train_config
+from mupgpt.util.text import label
 
 __all__ = ["COMMANDS", "ShapeFlags", "run_train"]
 
@@ -22,7 +24,7 @@ def train(config: Positional[str]) -> None:
     Args:
         config: A preset's name or a config file; `mupgpt train NAME --help` shows its flags.
     """
-    raise AssertionError("`parse` reads the config first and calls `run_train`")
+    raise AssertionError("`parse` calls `run_train`, whose flags are the config's fields")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +48,20 @@ class TrainFlags(TrainConfig):
 
 def run_train(name: str, flags: list[str]) -> None:
     """``mupgpt train``: the file gives the defaults, then the flags are read over them."""
+    if name.startswith("-"):
+        raise ConfigError(
+            f"config = {name!r}: must be a preset's name or a config file, before any flag: "
+            "mupgpt train CONFIG --hparams.lr 3e-3"
+        )
     raw = read_config(name)
     resolved = train_config(raw)
     shape: dict[str, Any] = vars(resolved.model)
     fields: dict[str, Any] = {**vars(resolved), "model": ShapeFlags(**shape)}
-    default = TrainFlags(**fields)
+    default, folder = TrainFlags(**fields), Path("runs") / label(name)
 
     def train(
         config: Annotated[TrainFlags, arg(name="")] = default,
-        run: Path = Path("runs") / Path(name).stem,
+        run: Path = folder,
     ) -> None:
         """Execute a config in one folder; the same command continues it.
 
@@ -121,7 +128,7 @@ def launch(
     from mupgpt.runs.launch import command_for, supervise
 
     train_config(load_toml(config))  # a mistake is said before anything is started
-    folder = run or Path("runs") / config.stem
+    folder = run or Path("runs") / label(config)
     supervise(command_for(config, folder, processes), folder, retries, pause)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from mupgpt.config.plain import load_toml
 from mupgpt.errors import ConfigError
 from mupgpt.presets import PRESETS
+from mupgpt.util.text import label
 
 __all__ = ["one_thread", "print_json", "read_config", "stem", "write_text"]
 
@@ -24,7 +25,7 @@ def read_config(name: str) -> dict[str, Any]:
 
 def stem(name: str) -> str:
     """A sweep's name from its file's, or the name itself."""
-    return Path(name).stem if name.endswith(".toml") else name
+    return label(name) if name.endswith(".toml") else name
 
 
 def one_thread() -> None:

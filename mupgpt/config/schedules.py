@@ -4,14 +4,30 @@ A shape maps progress p in [0, 1] after the warm-up to a factor; `factor` adds t
 maps its own progress to a factor that falls from 1 to ``end``.
 """
 
+import functools
+import hashlib
 import math
+import struct
 from collections.abc import Callable
+from dataclasses import replace
 
 from mupgpt.config.phases import tokens_at
 from mupgpt.config.schema import Schedule, TrainConfig
+from mupgpt.errors import ConfigError, require
 
-__all__ = ["DECAYS", "SHAPES", "factor", "least_warmup", "lr_factor", "warmup_steps"]
+__all__ = [
+    "DECAYS",
+    "SHAPES",
+    "LrFactor",
+    "factor",
+    "least_warmup",
+    "lr_factor",
+    "schedule_of",
+    "warmup_steps",
+]
 
+LrFactor = Callable[[int], float]
+"""The factor of the peak at a step (0-based) of a run."""
 Shape = Callable[[float, Schedule], float]
 
 DECAYS: dict[str, Callable[[float, float], float]] = {
@@ -63,6 +79,33 @@ def least_warmup(beta2: float) -> int:
     return math.ceil(2 / (1 - beta2) - 1e-9)
 
 
+def schedule_of(config: TrainConfig, own: LrFactor | None) -> tuple[TrainConfig, LrFactor]:
+    """A run's config, and its factor of the peak at a step: ``own`` where given, or the config's.
+
+    ``own`` takes the step, counted from 0, and must give the same factor whenever it is asked. It
+    replaces all of ``config.schedule``, warm-up included, and the config that is returned names it
+    by the factors of all steps: a run is not continued under another one, nor without it.
+
+    >>> from mupgpt.resolve import train_config
+    >>> config = train_config({"model": "proxy-32", "steps": 100})
+    >>> named, factor = schedule_of(config, lambda step: 1 / (1 + step))
+    >>> named.schedule.shape, named.schedule.digest, factor(3)
+    ('own', 'b870324e760284c1', 0.25)
+
+    Raises ConfigError for a factor that is no finite number >= 0, and for a config that names a
+    function where none is given.
+    """
+    if own is None:
+        lr_factor(config, 0)
+        return config, functools.partial(lr_factor, config)
+    factors = [own(step) for step in range(config.steps)]
+    for step, value in enumerate(factors):
+        number = isinstance(value, int | float) and 0 <= value < math.inf
+        require(number, f"schedule({step})", value, "be a finite number >= 0")
+    digest = hashlib.sha256(struct.pack(f"<{config.steps}d", *factors)).hexdigest()[:16]
+    return replace(config, schedule=Schedule(shape="own", digest=digest)), own
+
+
 def lr_factor(config: TrainConfig, step: int) -> float:
     """The factor of the peak at ``step`` of a run: one line through all its phases.
 
@@ -84,6 +127,11 @@ def factor(s: Schedule, step: float, steps: float, tokens_per_step: int = 1) -> 
     >>> [round(factor(Schedule(warmup=0.2, end=0.2), i, 10), 3) for i in (0, 1, 2, 6, 10)]
     [0.5, 1.0, 1.0, 0.6, 0.2]
     """
+    if s.shape == "own":
+        raise ConfigError(
+            "schedule.shape = 'own': this run's rate is a function that only Python knows; "
+            "give it again, e.g. Trainer(config, folder, schedule=function)"
+        )
     warm = warmup_steps(s, steps, tokens_per_step)
     if step < warm:
         return (step + 1) / warm

@@ -245,10 +245,10 @@ class Schedule:
     [0.5, 1.0, 0.5]
     """
 
-    shape: Literal["constant", "linear", "cosine", "wsd"] = field(
+    shape: Literal["constant", "linear", "cosine", "wsd", "own"] = field(
         default="linear", metadata=decides("result")
     )
-    """What follows the warm-up."""
+    """What follows the warm-up; ``own`` is all a function that was given from Python."""
     warmup: float = field(default=0.1, metadata=decides("result", 0, 1))
     """Warm-up as a fraction of the run."""
     warmup_tokens: int = field(default=0, metadata=decides("result", 0, TOKENS))
@@ -261,12 +261,18 @@ class Schedule:
         default="linear", metadata=decides("result")
     )
     """``wsd`` only: how the factor falls from 1 to ``end``."""
+    digest: str = field(default="", metadata=decides("result"))
+    """``own`` only: hash of the function's factors at every step of the run."""
 
     def __post_init__(self) -> None:
         settle(self, "schedule")
         geometric = self.shape == "wsd" and self.decay_shape == "exponential"
         require(self.end > 0 or not geometric, "schedule.end", self.end,
                 "be > 0 under an exponential decay, which never reaches 0")  # fmt: skip
+        given = (self.shape == "own") == bool(self.digest)
+        require(given, "schedule.shape", self.shape,
+                "be one that has a name; a function of yours goes in from Python, "
+                "Trainer(config, folder, schedule=function)")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

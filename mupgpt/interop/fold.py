@@ -45,7 +45,7 @@ def fold(table: ParamTable, loads: Mapping[str, Load]) -> ParamTable:
     >>> row = ParamRow(name="head.weight", site="head.weight", role="output", residual_out=False,
     ...                shape=(9, 64), optimizer="adamw", init="normal", init_std=0.08, lr=1e-2,
     ...                weight_decay=0.1, eps=1e-9, why="eps ÷4 (m_d)")
-    >>> table = ParamTable(rule="mup", betas=(0.9, 0.95), params=(row,),
+    >>> table = ParamTable(rule="mup", lr=1e-2, betas=(0.9, 0.95), params=(row,),
     ...                    multipliers={"readout": Multiplier(0.25, "output_mult ÷4 (m_d)")})
     >>> row = fold(table, {"head.weight": {"readout": 1}}).params[0]
     >>> row.init_std, row.lr, row.weight_decay, row.eps

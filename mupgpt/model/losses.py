@@ -14,13 +14,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["chunked_loss", "token_loss"]
+__all__ = ["IGNORED", "chunked_loss", "token_loss"]
+
+IGNORED = -100
+"""A target that is not counted, as in torch and Hugging Face: its loss is 0."""
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each token in nats, at least fp32, in the shape of ``targets``."""
+    """Cross-entropy of each token in nats, at least fp32, in the shape of ``targets``; 0 for those
+    that are `IGNORED`."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    flat = F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none")
+    flat = F.cross_entropy(
+        wide.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=IGNORED
+    )
     return flat.view(targets.shape)
 
 
@@ -53,12 +59,12 @@ class _ChunkedLoss(torch.autograd.Function):
         norms, losses = [], []
         for x, y in zip(h.split(rows), targets.split(rows), strict=True):
             logits = _logits(x, low, factor)
-            target = logits.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+            target = logits.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
             top = logits.amax(dim=-1)
             norms.append(logits.sub_(top.unsqueeze(-1)).exp_().sum(dim=-1).log_().add_(top))
             losses.append(norms[-1] - target)
             del logits  # before the next ones are made
-        norm, loss = torch.cat(norms), torch.cat(losses)
+        norm, loss = torch.cat(norms), torch.cat(losses).masked_fill_(targets == IGNORED, 0.0)
         ctx.save_for_backward(h, weight, targets, norm)
         ctx.factor, ctx.rows, ctx.dtype = factor, rows, dtype
         return loss
@@ -69,11 +75,12 @@ class _ChunkedLoss(torch.autograd.Function):
         h, weight, targets, norm = ctx.saved_tensors
         low, factor = weight.to(ctx.dtype), ctx.factor
         wide = torch.promote_types(weight.dtype, torch.float32)
+        grad = grad.masked_fill(targets == IGNORED, 0.0)
         grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=wide)
         chunks = (t.split(ctx.rows) for t in (h, targets, norm, grad, grad_h))
         for x, y, z, g, out in zip(*chunks, strict=True):
             error = _logits(x, low, factor).sub_(z.unsqueeze(-1)).exp_()  # softmax
-            error.scatter_add_(-1, y.unsqueeze(-1), -torch.ones_like(z).unsqueeze(-1))
+            error.scatter_add_(-1, y.clamp(min=0).unsqueeze(-1), -torch.ones_like(z).unsqueeze(-1))
             error = error.mul_(g.unsqueeze(-1) * factor).to(ctx.dtype)
             out.copy_(error @ low)
             grad_weight += error.mT @ x.to(ctx.dtype)

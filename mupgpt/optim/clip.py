@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mupgpt.model.gpt import GPT
 from mupgpt.model.shards import global_norm, local
-from mupgpt.optim.members import beside
+from mupgpt.optim.groups import beside
 
 __all__ = ["clip_gradients"]
 
@@ -25,12 +25,17 @@ def clip_gradients(model: GPT, max_norm: float) -> Tensor:
         squares = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads]
         norm = torch.linalg.vector_norm(torch.stack(squares), dim=0)
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    # To ask a GPU would hold it up.
-    by_members = model.members is not None
-    if max_norm and ((norm.is_cuda and by_members) or bool((coefficient != 1.0).any())):
-        if not by_members:
-            torch._foreach_mul_([local(g) for g in grads], coefficient)
-        else:
-            for g in grads:
-                g.mul_(beside(coefficient, g))
+    # Of members on a GPU none is asked whether it needs it: the answer would hold the GPU up.
+    unasked = norm.is_cuda and model.members is not None
+    if max_norm and (unasked or bool((coefficient != 1.0).any())):
+        _scale(grads, coefficient)
     return norm
+
+
+def _scale(grads: list[Tensor], coefficient: Tensor) -> None:
+    """Multiply gradients by one coefficient, (), or by one a member, (K)."""
+    if coefficient.dim() == 0:
+        torch._foreach_mul_([local(g) for g in grads], coefficient)
+    else:
+        for g in grads:
+            g.mul_(beside(coefficient, g))

@@ -12,7 +12,7 @@ gradients would take 200 GB.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,16 +56,22 @@ def round_stochastic(x: Tensor, out: Tensor, noise: Tensor) -> None:
     out.view(torch.int16).copy_((x.view(torch.int32) + noise) >> 16)
 
 
+class Slice(NamedTuple):
+    """A piece of what a parameter is stored in, flat."""
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    remainder: Tensor | None
+
+
 Noise = tuple[Tensor | None, Tensor | None, Tensor | None]
 """For weight, exp_avg and exp_avg_sq; None for what is not rounded."""
 
 
 def update(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    remainder: Tensor | None,
+    stored: Slice,
     noise: Noise,
     scalars: tuple[Tensor, Tensor, Tensor],
     betas: tuple[float, float],
@@ -76,6 +82,7 @@ def update(
     ``scalars`` are 1 − lr·λ, −lr/(1 − β₁ᵗ) and √(1 − β₂ᵗ): 0-d tensors, since they change at every
     step and a compiled update should not.
     """
+    weight, grad, exp_avg, exp_avg_sq, remainder = stored
     decay, step_size, correction = scalars
     master = weight.float() if remainder is None else join(weight, remainder)
     mean, square, wide = exp_avg.float(), exp_avg_sq.float(), grad.float()
@@ -140,11 +147,9 @@ class LeanAdamW(torch.optim.Optimizer):
             torch.tensor((1 - beta2**step) ** 0.5),
         )
         tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("remainder"))
-        for start, parts in self._slices(tensors):
-            weight = parts[0]
-            assert weight is not None
-            noise = self._noise(weight, f"{self.seed}/{step}/{name}/{start}")
-            self._update(*parts, noise, scalars, (beta1, beta2), group["eps"])
+        for start, stored in self._slices(tensors):
+            noise = self._noise(stored.weight, f"{self.seed}/{step}/{name}/{start}")
+            self._update(stored, noise, scalars, (beta1, beta2), group["eps"])
 
     def _fresh(self, p: Tensor) -> dict[str, Any]:
         """The state before the first step; the remainder of a weight that was bf16 is zero."""
@@ -158,12 +163,13 @@ class LeanAdamW(torch.optim.Optimizer):
             state["remainder"] = torch.zeros_like(p, dtype=torch.int16)
         return state
 
-    def _slices(self, tensors: tuple[Any, ...]) -> Iterator[tuple[int, list[Tensor | None]]]:
+    def _slices(self, tensors: tuple[Any, ...]) -> Iterator[tuple[int, Slice]]:
         """Flat views of what this process holds, slice by slice, with each one's start."""
         flat = [None if t is None else local(t).view(-1) for t in tensors]  # a view or an error
         for start in range(0, local(tensors[0]).numel(), self.slice_size):
             stop = start + self.slice_size
-            yield start, [None if t is None else t[start:stop] for t in flat]
+            parts: list[Any] = [None if t is None else t[start:stop] for t in flat]
+            yield start, Slice(*parts)
 
     def _noise(self, like: Tensor, key: str) -> Noise:
         """Fresh random bits; the key has no rank in it, so that replicas round alike."""

@@ -1,17 +1,17 @@
 """Optimizers of members: one step for K models whose parameters have a leading member axis."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mupgpt.model.gpt import GPT
-from mupgpt.optim.groups import VALUES, param_groups
-from mupgpt.optim.solo import one_model
+from mupgpt.optim.groups import beside, keep_members, of_member, param_groups
+from mupgpt.optim.solo import MakeOptimizer, one_model
 from mupgpt.parametrization.table import ParamTable
 
-__all__ = ["MemberAdamW", "PerMember", "beside"]
+__all__ = ["MemberAdamW", "PerMember"]
 
 
 class PerMember(torch.optim.Optimizer):
@@ -21,17 +21,19 @@ class PerMember(torch.optim.Optimizer):
     in their optimizer too.
     """
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], optimizers: Mapping[str, MakeOptimizer]
+    ) -> None:
         super().__init__(groups, defaults={})
+        self._optimizers = optimizers
         self.solos = [self._solo(k) for k in range(len(groups[0]["lr"]))]
 
     def _solo(self, k: int) -> torch.optim.Optimizer:
-        keys = (*VALUES, "table_lr", "betas")
-        return one_model([
-            {key: group[key][k] for key in keys}
-            | {"params": [p.detach()[k] for p in group["params"]], "place": place}
-            for place, group in enumerate(self.param_groups)
-        ])  # fmt: skip
+        groups = [
+            {**of_member(group, k), "params": [p.detach()[k] for p in group["params"]], "number": i}
+            for i, group in enumerate(self.param_groups)
+        ]
+        return one_model(groups, self._optimizers)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -39,7 +41,7 @@ class PerMember(torch.optim.Optimizer):
         assert closure is None, "no closures: losses are members' own"
         for k, solo in enumerate(self.solos):
             for group in solo.param_groups:
-                whole = self.param_groups[group["place"]]
+                whole = self.param_groups[group["number"]]
                 group["lr"] = whole["lr"][k]
                 for view, p in zip(group["params"], whole["params"], strict=True):
                     view.data, view.grad = p.detach()[k], p.grad[k]
@@ -48,7 +50,7 @@ class PerMember(torch.optim.Optimizer):
 
     def keep(self, members: Sequence[int]) -> None:
         """Forget the optimizers of all other members (their parameters are cut already)."""
-        _keep_values(self.param_groups, members)
+        keep_members(self.param_groups, members)
         self.solos = [self.solos[k] for k in members]
 
     def renew(self, members: Sequence[int], model: GPT, tables: Sequence[ParamTable]) -> None:
@@ -85,7 +87,7 @@ class MemberAdamW(torch.optim.Optimizer):
         """Update every member by its own values."""
         assert closure is None, "no closures: losses are members' own"
         self.steps += 1
-        for place, group in enumerate(self.param_groups):
+        for i, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if not self.state[p]:
                     self.state[p] = {
@@ -95,21 +97,19 @@ class MemberAdamW(torch.optim.Optimizer):
             if self._values is None:
                 self._step_views(group)
             else:
-                self._step_whole(group, self._values[place])
+                self._step_whole(group, self._values[i])
 
     def _step_views(self, group: dict[str, Any]) -> None:
         params = group["params"]
-        columns = [
-            [t.unbind(0) for t in tensors]
-            for tensors in (
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-            )
-        ]
+        whole = (
+            params,
+            [p.grad for p in params],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+        )
+        views = [[t.unbind(0) for t in tensors] for tensors in whole]
         for k, lr in enumerate(group["lr"]):
-            weights, grads, averages, squares = ([views[k] for views in c] for c in columns)
+            weights, grads, averages, squares = ([t[k] for t in tensors] for tensors in views)
             beta1, beta2 = group["betas"][k]
             torch._fused_adamw_(
                 weights,
@@ -154,7 +154,7 @@ class MemberAdamW(torch.optim.Optimizer):
 
     def keep(self, members: Sequence[int]) -> None:
         """Forget the state and values of all other members (their parameters are cut already)."""
-        _keep_values(self.param_groups, members)
+        keep_members(self.param_groups, members)
         self.steps, self._factors = self.steps[list(members)], self._factors[list(members)]
         if self._values is not None:
             self._values = self._values[..., list(members)]
@@ -169,14 +169,3 @@ class MemberAdamW(torch.optim.Optimizer):
             self._values = self._whole_values()
         for tensor in (self.steps, *(t for state in self.state.values() for t in state.values())):
             tensor[list(members)] = 0.0
-
-
-def beside(vector: Tensor, p: Tensor) -> Tensor:
-    """(K,) in as many dimensions as ``p`` (K, …) has."""
-    return vector.view(-1, *[1] * (p.dim() - 1))
-
-
-def _keep_values(groups: list[dict[str, Any]], members: Sequence[int]) -> None:
-    for group in groups:
-        for key in (*VALUES, "table_lr", "betas"):
-            group[key] = tuple(group[key][k] for k in members)

@@ -5,17 +5,43 @@ from typing import Any
 
 import torch
 
-__all__ = ["Joint", "Lion", "one_model"]
+from mupgpt.errors import ConfigError
+
+__all__ = ["OPTIMIZERS", "Joint", "MakeOptimizer", "by_kind", "one_model"]
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""What makes an optimizer of a table's groups."""
 
 
-def one_model(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def one_model(
+    groups: list[dict[str, Any]], optimizers: Mapping[str, MakeOptimizer]
+) -> torch.optim.Optimizer:
     """The optimizer of one model: that of its groups, or `Joint` where they name several."""
-    kinds = dict.fromkeys(group["optimizer"] for group in groups)
     parts = {
-        kind: OPTIMIZERS[kind]([group for group in groups if group["optimizer"] == kind])
-        for kind in kinds
+        kind: _make(kind, optimizers[kind], [g for g in groups if g["optimizer"] == kind])
+        for kind in dict.fromkeys(group["optimizer"] for group in groups)
     }
     return Joint(parts) if len(parts) > 1 else next(iter(parts.values()))
+
+
+def _make(kind: str, make: MakeOptimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """What ``make`` makes, if it steps these groups: what it leaves out would never learn."""
+    wanted = [(group["table_lr"], len(group["params"])) for group in groups]
+    made = make(groups)
+    found = [(g.get("table_lr"), len(g["params"])) for g in getattr(made, "param_groups", [])]
+    if not isinstance(made, torch.optim.Optimizer) or found != wanted:
+        raise ConfigError(
+            f"optimizers[{kind!r}] made {type(made).__name__}: must be a torch.optim.Optimizer "
+            "over the groups that it was given, as they are"
+        )
+    return made
+
+
+def by_kind(optimizer: torch.optim.Optimizer) -> Mapping[str, torch.optim.Optimizer]:
+    """Kind of a table's rows → the optimizer that steps them."""
+    if isinstance(optimizer, Joint):
+        return optimizer.parts
+    return {group.get("optimizer", "adamw"): optimizer for group in optimizer.param_groups}
 
 
 def _momentum(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -45,19 +71,22 @@ class Lion(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                average = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                state = self.state[p]
+                if "exp_avg" not in state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                average = state["exp_avg"]
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(average.lerp(p.grad, 1 - beta1).sign_(), alpha=-group["lr"])
                 average.lerp_(p.grad, 1 - beta2)
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adamw": lambda groups: torch.optim.AdamW(groups, fused=True),
     "sgd": lambda groups: torch.optim.SGD(_momentum(groups)),
     "lion": Lion,
     "muon": lambda groups: torch.optim.Muon(_momentum(groups), adjust_lr_fn="original"),
 }
-"""A row's ``optimizer`` → torch's optimizer for such groups of one model."""
+"""A row's ``optimizer`` → what makes it, for such groups of one model."""
 
 
 class Joint(torch.optim.Optimizer):

@@ -75,6 +75,8 @@ class ParamTable:
     """
 
     rule: str
+    lr: float
+    """The rate at the base, `HParams.lr`, that every row's is derived from."""
     betas: tuple[float, float]
     params: tuple[ParamRow, ...]
     multipliers: Mapping[str, Multiplier]
@@ -109,6 +111,7 @@ class ParamTable:
         """Plain data: ``params`` (a list of rows), ``multipliers`` (name → factor), their whys."""
         return {
             "rule": self.rule,
+            "lr": self.lr,
             "betas": list(self.betas),
             "params": [asdict(row) for row in self.params],
             "multipliers": {name: m.value for name, m in self.multipliers.items()},
@@ -218,6 +221,7 @@ def parametrize_layout(
         params.append(replace(site_row, name=spec.name))
     return ParamTable(
         rule=rule.name,
+        lr=hparams.lr,
         betas=(hparams.beta1, hparams.beta2),
         params=tuple(params),
         multipliers=_multipliers(quantities, hparams, rule),

@@ -6,7 +6,7 @@ weights on the steps that ask for it, and no memory beside a slice.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,14 @@ from torch import Tensor, distributed as dist
 
 from mupgpt.model.gpt import GPT
 from mupgpt.model.shards import copies, local
+from mupgpt.optim.lean import LeanAdamW
+from mupgpt.optim.solo import by_kind
 from mupgpt.parametrization.table import ParamRow, ParamTable
 from mupgpt.training.metrics import HEALTH
 
 __all__ = ["activations", "kind", "measure"]
 
+ADAMW = (torch.optim.AdamW, LeanAdamW)  # whose moments say what the step was
 SLICE = 2**24  # elements taken at a time: bounds the temporaries beside a large model
 
 
@@ -44,24 +47,26 @@ def measure(optimizer: torch.optim.Optimizer, table: ParamTable) -> dict[str, fl
     together. The last four follow from AdamW's moments and are there for its parameters only. A
     value that is not finite is left out.
     """
+    adamw = {k for k, part in by_kind(optimizer).items() if isinstance(part, ADAMW)}
     sums: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
+        moments = group.get("optimizer", "adamw") in adamw
         for name, p in zip(group["names"], group["params"], strict=True):
-            more, name = _sums(p, optimizer.state[p], group), kind(table.rows[name])
+            state = optimizer.state[p] if moments else {}
+            more, name = _sums(p, state, group), kind(table.rows[name])
             sums[name] = sums[name] + more if name in sums else more
     totals = _everywhere(torch.stack(list(sums.values()))).tolist()
     values = {
         f"{HEALTH}/{name}/{quantity}": value
         for name, total in zip(sums, totals, strict=True)
-        for quantity, value in _quantities(*total).items()
+        for quantity, value in _quantities(total).items()
     }
     return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
-def _quantities(
-    count: float, weight: float, grad: float, update: float, seen: float, lost: float
-) -> dict[str, float]:
-    """The quantities of one kind from its number of elements and its sums over them."""
+def _quantities(total: Sequence[float]) -> dict[str, float]:
+    """The quantities of one kind from what `_sums` says of all of it."""
+    count, weight, grad, update, seen, lost = total
     return {
         "weight_rms": math.sqrt(weight / count),
         "grad_rms": math.sqrt(grad / count),

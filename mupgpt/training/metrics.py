@@ -34,10 +34,8 @@ TRAIN_LOSS, TRAIN_LR, GRAD_NORM = "train/loss", "train/lr", "train/grad_norm"
 VAL_LOSS, VAL_BPB = "val/loss", "val/bpb"
 TOKENS_PER_S = "perf/tokens_per_s"
 PREDICT_LOW, PREDICT_HIGH = "predict/low", "predict/high"
-HEALTH, WATCH = (
-    "health",
-    "watch",
-)  # prefixes: see `mupgpt.training.health` and `mupgpt.training.watch`
+HEALTH, WATCH = "health", "watch"
+"""Prefixes: see `mupgpt.training.health` and `mupgpt.training.watch`."""
 
 
 class MetricsLog:

@@ -1,22 +1,22 @@
-"""K short runs of one shape as one model: a trial is a column."""
+"""K short runs of one shape as one model, each a member of it."""
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mupgpt.config.fields import differing
-from mupgpt.config.schedules import lr_factor
+from mupgpt.config.schedules import LrFactor, schedule_of
 from mupgpt.config.schema import TrainConfig
 from mupgpt.data.batches import Batches, eval_batch
 from mupgpt.data.corpus import Corpus
 from mupgpt.errors import ConfigError
 from mupgpt.model.gpt import GPT
 from mupgpt.model.init import init_weights
-from mupgpt.optim.make import all_adamw, make_optimizer
+from mupgpt.optim.make import MakeOptimizer, all_adamw, make_optimizer
 from mupgpt.optim.members import MemberAdamW, PerMember
 from mupgpt.optim.rates import set_lr
 from mupgpt.parametrization.table import ParamTable, parametrize
@@ -31,7 +31,7 @@ OWN = ("rule", "base", "hparams", "seed")
 
 
 @dataclass
-class _Column:
+class _Member:
     """What tells one member from the others."""
 
     config: TrainConfig
@@ -49,26 +49,42 @@ class Population:
     it has taken. Members are named by numbers in the order of their coming, those of ``configs``
     first, and keep them. On a GPU a step is one CUDA graph.
 
-    >>> from mupgpt import load_corpus, train_config
-    >>> model = {"n_layer": 1, "d_model": 8, "d_head": 8, "vocab_size": 257, "seq_len": 16}
-    >>> raw = {"model": model, "steps": 2, "batch_size": 2, "data": {"source": "package:json"}}
-    >>> configs = [train_config({**raw, "hparams": {"lr": lr}}) for lr in (1e-3, 1e-2, 1e-1)]
-    >>> population = Population(configs, load_corpus(configs[0].data))
-    >>> population.train().shape, population.clocks
-    (torch.Size([3]), {0: 2, 1: 2, 2: 2})
+    ``schedule`` and ``optimizers`` are your own, as the `Trainer`'s, for all members alike: each is
+    at its own step of the one, and has one of the others to itself.
+
+    >>> from mupgpt.data.corpus import load_corpus
+    >>> from mupgpt.resolve import train_config
+    >>> shape = {"n_layer": 1, "d_model": 8, "n_head": 1, "vocab_size": 257, "seq_len": 8}
+    >>> raw = {"model": shape, "steps": 2, "data": {"eval_tokens": 64}}
+    >>> configs = [train_config({**raw, "hparams": {"lr": lr}}) for lr in (1e-3, 1e-2)]
+    >>> own = {"adamw": torch.optim.RAdam}
+    >>> population = Population(configs, load_corpus(configs[0].data),
+    ...                         schedule=lambda step: 1 / (1 + step), optimizers=own)
+    >>> population.train().shape, list(population.evaluate())
+    (torch.Size([2]), [0, 1])
+
+    Raises `ConfigError` for configs that differ in anything else.
     """
 
-    def __init__(self, configs: Sequence[TrainConfig], corpus: Corpus) -> None:
+    def __init__(
+        self,
+        configs: Sequence[TrainConfig],
+        corpus: Corpus,
+        *,
+        schedule: LrFactor | None = None,
+        optimizers: Mapping[str, MakeOptimizer] | None = None,
+    ) -> None:
         self.config = configs[0]
+        self._lr_factor = schedule_of(self.config, schedule)[1]
         self.device = pick_device()
         self._corpus = corpus
         self._batches: dict[int, Batches] = {}
         self._check(configs)
-        self._columns = [_Column(config) for config in configs]
+        self._held = [_Member(config) for config in configs]
         self.members = list(range(len(configs)))
         self._next = len(configs)
-        self.model = self._make_model(self._columns)
-        optimizer = make_optimizer(self.model, self._tables)
+        self.model = self._make_model(self._held)
+        optimizer = make_optimizer(self.model, self._tables, optimizers=optimizers)
         assert isinstance(optimizer, MemberAdamW | PerMember)
         self.optimizer = optimizer
         self._update = _stepper(self.config, self.model, optimizer, self.device)
@@ -79,12 +95,12 @@ class Population:
     @property
     def clocks(self) -> dict[int, int]:
         """The steps that each member has taken."""
-        return {m: c.step for m, c in zip(self.members, self._columns, strict=True)}
+        return {m: own.step for m, own in zip(self.members, self._held, strict=True)}
 
     @property
     def step(self) -> int:
         """The steps that the first of them has taken."""
-        return max(c.step for c in self._columns)
+        return max(member.step for member in self._held)
 
     def train(self, until: int | None = None) -> Tensor:
         """Step all members until the first of them has taken ``until`` steps (default: its run's).
@@ -94,10 +110,10 @@ class Population:
         stop = min(until or self.config.steps, self.config.steps)
         loss = torch.full((len(self.members),), math.nan)
         while self.step < stop:
-            set_lr(self.optimizer, [lr_factor(self.config, c.step) for c in self._columns])
+            set_lr(self.optimizer, [self._lr_factor(m.step) for m in self._held])
             loss = self._update(self._batch())
-            for column in self._columns:
-                column.step += 1
+            for member in self._held:
+                member.step += 1
         return loss
 
     def evaluate(self, members: Sequence[int] | None = None) -> dict[int, float]:
@@ -108,7 +124,7 @@ class Population:
         if places != list(range(len(self.members))):
             model = copy.deepcopy(model)
             model.keep_members(places)
-        (context,) = {self.config.phase_at(self._columns[i].step - 1).seq_len for i in places}
+        (context,) = {self.config.phase_at(self._held[i].step - 1).seq_len for i in places}
         held_out = eval_batch(self._corpus, self.config.data.eval_tokens, context)
         tokens, targets = (t.expand(len(places), *t.shape) for t in held_out)
         with compute(self.config.precision, self.device):
@@ -121,7 +137,7 @@ class Population:
         if places == list(range(len(self.members))):
             return
         self.members = [self.members[i] for i in places]
-        self._columns = [self._columns[i] for i in places]
+        self._held = [self._held[i] for i in places]
         self.model.keep_members(places)
         self.optimizer.keep(places)
         self._forget()
@@ -133,14 +149,16 @@ class Population:
             raise ConfigError("phases: members of one population would be in different ones")
         places = [self.members.index(m) for m in members]
         assert len(places) == len(configs), f"{len(configs)} runs for {len(places)} places"
-        fresh = [_Column(config) for config in configs]
-        if isinstance(self.optimizer, MemberAdamW) and not all_adamw([c.table for c in fresh]):
+        fresh = [_Member(config) for config in configs]
+        if isinstance(self.optimizer, MemberAdamW) and not all_adamw(
+            [member.table for member in fresh]
+        ):
             raise ConfigError(
                 "rule: a new member takes another optimizer than AdamW, which all members of this "
                 "population have; begin a new one"
             )
-        for i, column in zip(places, fresh, strict=True):
-            self._columns[i], self.members[i] = column, self._next
+        for i, member in zip(places, fresh, strict=True):
+            self._held[i], self.members[i] = member, self._next
             self._next += 1
         self.model.put_members(places, self._make_model(fresh))
         self.model.apply_table(self._tables)
@@ -150,17 +168,17 @@ class Population:
 
     @property
     def _tables(self) -> list[ParamTable]:
-        return [column.table for column in self._columns]
+        return [member.table for member in self._held]
 
     def _check(self, configs: Sequence[TrainConfig]) -> None:
         for config in configs:
             _same_shape(self.config, config)
 
-    def _make_model(self, columns: Sequence[_Column]) -> GPT:
+    def _make_model(self, held: Sequence[_Member]) -> GPT:
         with self.device:
-            model = GPT(self.config.model, members=len(columns))
+            model = GPT(self.config.model, members=len(held))
             model.to(param_dtype(self.config.precision))
-        init_weights(model, [c.table for c in columns], [c.config.seed for c in columns])
+        init_weights(model, [m.table for m in held], [m.config.seed for m in held])
         return model
 
     def _forget(self) -> None:
@@ -169,7 +187,7 @@ class Population:
             self._update.forget()
 
     def _batch(self) -> Batch:
-        wanted = [(c.config.seed, c.step) for c in self._columns]
+        wanted = [(member.config.seed, member.step) for member in self._held]
         for seed in {seed for seed, _ in wanted} - self._batches.keys():
             self._batches[seed] = Batches(self._corpus, self.config.course, seed)
         distinct = list(dict.fromkeys(wanted))

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mupgpt.distributed.processes import global_mean
 from mupgpt.errors import ConfigError
 from mupgpt.model.gpt import GPT
+from mupgpt.model.losses import IGNORED
 from mupgpt.model.shards import is_sharded
 from mupgpt.optim.clip import clip_gradients
 from mupgpt.optim.rates import set_lr
@@ -15,7 +17,7 @@ __all__ = ["Batch", "evaluate", "sum_in_fp32", "token_losses", "train_step", "up
 
 
 Batch = tuple[Tensor, Tensor]
-"""Tokens and targets, each (*K, B, T) integers."""
+"""Tokens and targets, each (*K, B, T) integers; a target of −100 is not counted."""
 
 
 EVAL_TOKENS = 8192  # at most so many tokens, members counted, in one forward of an evaluation
@@ -32,6 +34,7 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step; returns the mean loss in nats per token and the gradient norm, (*K).
 
+    The mean is over the targets that are counted, in all micro-batches and on all processes.
     ``lr_factor`` multiplies every learning rate of the table. The batch is cut into ``accumulate``
     equal micro-batches. Members do not mix: their losses are summed, so each parameter sees the
     gradient of its own member alone.
@@ -64,9 +67,12 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     if accumulate > 1:
         sum_in_fp32(model)
-    losses = []
+    losses, share = [], _counted(batch[1])
+    if any(is_sharded(p) for p in model.parameters()):
+        share = global_mean(share)  # as gradients are averaged over processes
     for tokens, targets in micro_batches(batch, accumulate):
-        loss = model(tokens, targets).mean(dim=(-2, -1)) / accumulate
+        loss = model(tokens, targets)
+        loss = loss.sum(dim=(-2, -1)) / share.to(loss.dtype)
         loss.sum().backward()
         losses.append(loss.detach())
     norm = clip_gradients(model, grad_clip)
@@ -92,7 +98,7 @@ def micro_batches(batch: Batch, pieces: int) -> Iterator[Batch]:
 
 
 def evaluate(model: GPT, batch: Batch) -> Tensor:
-    """Mean loss of ``batch`` in nats per token, (*K), float64.
+    """Mean loss of ``batch`` in nats per counted token, (*K) float64.
 
     Without a readout a model knows nothing: its loss is the logarithm of the vocabulary's size.
 
@@ -105,7 +111,12 @@ def evaluate(model: GPT, batch: Batch) -> Tensor:
     >>> math.isclose(float(evaluate(model, batch)), math.log(9), rel_tol=1e-6)
     True
     """
-    return token_losses(model, batch).mean(dim=(-2, -1))
+    return token_losses(model, batch).sum(dim=(-2, -1)) / _counted(batch[1])
+
+
+def _counted(targets: Tensor) -> Tensor:
+    """The number of targets that are counted, (*K) float64; never 0, so that nothing is 0 nats."""
+    return (targets != IGNORED).sum(dim=(-2, -1)).double().clamp(min=1e-9)
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
-"""Columns of text."""
+"""Columns of text, and short names."""
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["align", "number", "show"]
+__all__ = ["align", "label", "number", "show"]
 
 
 def align(
@@ -26,6 +27,17 @@ def align(
         )
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def label(path: Path | str) -> str:
+    """What a preset, a file or a folder is called: the last part, without .toml or .json.
+
+    Any other dot belongs to the name, which `Path.stem` would cut.
+
+    >>> [label(name) for name in ("cerebras-gpt-1.3b", "configs/big-1.3b.toml", "runs/old.v2/")]
+    ['cerebras-gpt-1.3b', 'big-1.3b', 'old.v2']
+    """
+    return Path(path).name.removesuffix(".toml").removesuffix(".json")
 
 
 def number(value: float) -> str:
