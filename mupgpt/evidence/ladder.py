@@ -23,6 +23,7 @@ from mupgpt.errors import ConfigError, require, unknown
 from mupgpt.mutransfer.bridge import with_lr
 from mupgpt.parametrization.layout import count_params
 from mupgpt.parametrization.rules import get_rule
+from mupgpt.planning.flops import run_flops
 from mupgpt.resolve import train_config
 from mupgpt.scaling.named import LAWS
 from mupgpt.scaling.report import LawReport, report
@@ -102,8 +103,8 @@ def _rung(stem: TrainConfig, width: int, steps: int) -> TrainConfig:
 
 
 def six_nd(config: TrainConfig) -> float:
-    """Training FLOPs of a run, 6·N·D with every parameter counted."""
-    return 6.0 * count_params(config.model) * config.tokens
+    """Training FLOPs of a run as laws in N and D count them."""
+    return run_flops(config, convention="6N-stored")
 
 
 def load_ladder(name: str | Path) -> LadderSpec:

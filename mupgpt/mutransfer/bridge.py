@@ -8,7 +8,7 @@ for the target it is the best of the three on every rung.
 import dataclasses
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from mupgpt.errors import ConfigError, require
 from mupgpt.mutransfer.axes import AXES
 from mupgpt.mutransfer.transfer import transfer
 from mupgpt.mutransfer.tuned import Tuned
-from mupgpt.planning.flops import flops_per_token
+from mupgpt.planning.flops import run_flops
 from mupgpt.util.text import align, number, show
 
 __all__ = ["LR_FACTORS", "MAX_SHARE", "BridgePlan", "plan_bridge", "train_flops", "with_lr"]
@@ -129,7 +129,7 @@ def percent(share: float) -> str:
 
 def train_flops(config: TrainConfig) -> float:
     """Training FLOPs of one run, convention ``palm``."""
-    return flops_per_token(config.model) * config.tokens
+    return run_flops(config)
 
 
 def with_lr(config: TrainConfig, factor: float) -> TrainConfig:
@@ -233,17 +233,27 @@ def _fit(
     least = min(target.steps, max(source.steps, warm))
     whole, needed = train_flops(target), math.inf
     for widths in ladders:
-        per_token = runs * sum(flops_per_token(target.model.widen(width)) for width in widths)
-        lengths, tokens = range(1, target.steps + 1), max_share * whole / per_token
-        steps = bisect_right(lengths, tokens, key=target.tokens_at)
+        cost = _cost(source, target, widths, runs)
+        steps = bisect_right(range(1, target.steps + 1), max_share * whole, key=cost)
         if steps >= least:
             return widths, steps
-        needed = min(needed, per_token * target.tokens_at(least) / whole)
+        needed = min(needed, cost(least) / whole)
     raise ConfigError(
         f"max_share = {max_share:g}: {runs} runs of {least:,} steps (as long as the proxy, and "
         f"twice 2/(1 − β₂)) at width {ladders[-1][0]:,} alone take {percent(needed)} of the "
         f"target's FLOPs; allow that much: --max-share {math.ceil(1000 * needed) / 1000:g}"
     )
+
+
+def _cost(
+    source: TrainConfig, target: TrainConfig, widths: Sequence[int], runs: int
+) -> Callable[[int], float]:
+    """Steps → training FLOPs of that many of the target's, ``runs`` times at each of ``widths``."""
+    narrow = [
+        dataclasses.replace(target, model=target.model.widen(width), parallel=source.parallel)
+        for width in widths
+    ]
+    return lambda steps: runs * sum(run_flops(config, steps) for config in narrow)
 
 
 def _rung(source: TrainConfig, target: TrainConfig, width: int, steps: int) -> TrainConfig:

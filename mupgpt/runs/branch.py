@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mupgpt.checkpoint.reader import Checkpoint
-from mupgpt.checkpoint.verify import checkpoints
-from mupgpt.checkpoint.verify import verify
-from mupgpt.config.schema import TrainConfig
+from mupgpt.checkpoint.verify import checkpoints, verify
 from mupgpt.config.phases import lasting, tokens_at
-from mupgpt.errors import ConfigError, require
 from mupgpt.config.plain import load_toml, to_dict
-from mupgpt.resolve import train_config
 from mupgpt.config.schedules import lr_factor, warmup_steps
+from mupgpt.config.schema import TrainConfig
+from mupgpt.errors import ConfigError, require
+from mupgpt.resolve import train_config
 
 __all__ = ["branch", "branch_config"]
 

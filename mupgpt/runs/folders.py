@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 
 from mupgpt.config.fields import differing
-from mupgpt.config.schema import TrainConfig
-from mupgpt.planning.flops import run_flops
-from mupgpt.parametrization.layout import count_params
-from mupgpt.errors import ConfigError, require
 from mupgpt.config.plain import load_toml
+from mupgpt.config.schedules import lr_factor, warmup_steps
+from mupgpt.config.schema import TrainConfig
+from mupgpt.errors import ConfigError, require
+from mupgpt.parametrization.layout import count_params
+from mupgpt.planning.flops import run_flops
 from mupgpt.resolve import train_config
 from mupgpt.scaling.annealing import LossCurve
 from mupgpt.scaling.runs import Runs
-from mupgpt.config.schedules import lr_factor, warmup_steps
 from mupgpt.training.metrics import STEP, VAL_LOSS, read_metrics
 
 __all__ = ["read_curves", "read_folders", "step_rates"]

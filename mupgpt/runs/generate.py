@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mupgpt.checkpoint.state import load_model
 from mupgpt.checkpoint.verify import load_newest
 from mupgpt.data.tokenizers import ENCODERS, EOT, gpt2_encoding
-from mupgpt.model.gpt import GPT, Cache
 from mupgpt.errors import ConfigError, require
-from mupgpt.resolve import train_config
-from mupgpt.checkpoint.state import load_model
+from mupgpt.model.gpt import GPT, Cache
 from mupgpt.parametrization.table import parametrize
+from mupgpt.resolve import train_config
 
 __all__ = ["decode", "encode_prompt", "load_run", "sample"]
 

@@ -7,10 +7,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
 from mupgpt.checkpoint.verify import checkpoints
-from mupgpt.errors import require
+from mupgpt.errors import Crashed, require
 from mupgpt.util.stopping import STOPPED
-from mupgpt.errors import Crashed
 
 __all__ = ["command_for", "supervise"]
 
@@ -102,4 +102,3 @@ def _environment() -> dict[str, str]:
     What the user has set stays.
     """
     return {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "540", **os.environ}
-
