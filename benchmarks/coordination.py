@@ -65,7 +65,7 @@ def joint(trials: int):
     from mupgpt.tuning.spec import load_spec
 
     spec = load_spec("joint")
-    study = dataclasses.replace(spec.study, trials=trials, columns=16)
+    study = dataclasses.replace(spec.study, trials=trials, members=16)
     return dataclasses.replace(spec, study=study)
 
 

@@ -4,13 +4,11 @@
 ``torchrun --nproc-per-node=N -m mupgpt.trainer …`` executes the same run on N processes.
 """
 
-import fcntl
 import json
 import math
 import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from mupgpt.checkpoint.reader import Checkpoint
@@ -76,8 +75,9 @@ from mupgpt.training.metrics import (
 )
 from mupgpt.training.step import token_losses, train_step
 from mupgpt.training.watch import Watch
+from mupgpt.util.host import memory
 from mupgpt.util.progress import Progress
-from mupgpt.util.stopping import STOPPED, stop_flag
+from mupgpt.util.stopping import STOPPED, Stop, stop_flag
 
 __all__ = ["Trainer"]
 
@@ -149,7 +149,7 @@ class Trainer:
         assert_rates(self.model, self.optimizer, self.table, 1.0)
         self._batches = Batches(self.corpus, c.course, c.seed)
 
-    def _loop(self, sinks: list[Any], stop: threading.Event) -> dict[str, Any]:
+    def _loop(self, sinks: list[Any], stop: Stop) -> dict[str, Any]:
         c, track = self.config, self.config.tracking
         eval_every = track.eval_every or max(1, c.steps // 10)
         save_every = track.checkpoint_every or max(1, c.steps // 5)
@@ -177,7 +177,7 @@ class Trainer:
                         sink.log(record)
                     record = {}
                 due = self.step % save_every == 0 or self.step in track.keep_steps
-                stopped = any_rank(stop.is_set())
+                stopped = any_rank(stop.asked)
                 if last or stopped or due:
                     self._save()
                 if is_main():
@@ -334,7 +334,7 @@ def _stored(config: TrainConfig, device: torch.device) -> TrainConfig:
     stored = decide_storage(config)
     need = sum(state_bytes(stored).values())
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world > 1 else 1
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * world // beside
+    free = memory() * world // beside
     where = f"this {device.type}" if world == 1 else f"that of {world} processes"
     if need > free:
         raise ConfigError(
@@ -349,19 +349,20 @@ def _stored(config: TrainConfig, device: torch.device) -> TrainConfig:
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, or say who holds it; the lock of a dead process is free."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ConfigError(
-                f"{folder} is in use by process {file.read().strip() or '?'}; "
-                "wait for it, or name another folder with --run"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    holder = folder / ".lock"
+    lock = FileLock(holder, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(
+            f"{folder} is in use by process {holder.read_text(encoding='utf-8').strip() or '?'}; "
+            "wait for it, or name another folder with --run"
+        ) from error
+    try:
+        holder.write_text(str(os.getpid()), encoding="utf-8")
         yield
+    finally:
+        lock.release()
 
 
 def main() -> None:

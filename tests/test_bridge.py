@@ -237,7 +237,7 @@ def test_a_no_go_names_what_else_changed():
         for c in plan.rungs
     )  # fmt: skip
     text = str(judge_bridge(plan, rungs))
-    assert "depth 1 → 3" in text and "batch (sequences) 2 → 4" in text
+    assert "depth 1 → 3" in text and "batch 2 → 4" in text
     assert "coord-check --rule mup" in text and "lower" in text
 
 

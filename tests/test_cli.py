@@ -250,7 +250,8 @@ def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch):
 
     monkeypatch.setattr("mupgpt.tuning.run.run_sweep", interrupted)
     assert run(["sweep", "run", "tiny.toml"]) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said == "\nstopped; what finished is kept: the same command continues\n"
 
 
 def test_published_values_transfer_without_a_sweep(capsys, tmp_path):

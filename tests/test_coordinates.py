@@ -12,21 +12,14 @@ from mupgpt.cli import run
 from mupgpt.cli.checks import SMALL as SMALL_FLAGS
 from mupgpt.config.schema import Base, GPTConfig
 from mupgpt.errors import ConfigError
-from mupgpt.evidence.coordinates import (
-    ALLOWANCE,
-    HPARAMS,
-    MAX_ERROR,
-    SHAPES,
-    Slope,
-    _settings,
-    coord_check,
-    is_zero,
-)
+from mupgpt.evidence.coordinates import HPARAMS, SHAPES, _settings, coord_check
 from mupgpt.evidence.probes import activations, generation_gap, measure, random_batch
+from mupgpt.evidence.slopes import ALLOWANCE, MAX_ERROR, Slope, fit_slopes, is_zero
 from mupgpt.model.gpt import GPT, scale
 from mupgpt.model.init import init_weights
 from mupgpt.optim.solo import OPTIMIZERS, _momentum as momentum_groups
-from mupgpt.parametrization.expected_slopes import GROWS, expected_slopes
+from mupgpt.parametrization.axes import AXES
+from mupgpt.parametrization.expected_slopes import expected_slopes
 from mupgpt.parametrization.rules import RULES
 from mupgpt.parametrization.table import parametrize
 from mupgpt.report.coord_picture import coord_picture
@@ -173,7 +166,7 @@ def counting_backend(graphs):
 def test_compiled_steps_leave_the_same_numbers():
     table = parametrize(SHAPE, Base.of(SHAPE), HPARAMS, "mup")
     graphs = []
-    run = functools.partial(measure, SHAPE, table, [0, 1], sequences=2, steps=10)
+    run = functools.partial(measure, SHAPE, table, [0, 1], steps=10)
     (compiled, gap), (eager, _) = run(backend=counting_backend(graphs)), run()
     assert len(graphs) >= 2  # with gradients and without
     assert gap < 1e-4
@@ -203,6 +196,26 @@ def test_other_rules_and_optimizers_pass_over_width(rule):
     assert check.passed and not check.suspects, str(check)
     claimed = {"d_head fixed", "n_head fixed"} if rule != "minicpm" else {"d_head fixed"}
     assert {slope.setting for slope in check.slopes} == claimed
+
+
+def test_a_gain_that_heads_share_has_exponents_of_its_own():
+    """Those of a norm as wide as the model would fail a table that is right (SGD, d_head fixed)."""
+    check = coord_check("mup-sgd", shape={"qk_norm": True}, **SMALL)
+    assert check.passed and not check.suspects, str(check)
+    assert {s.measure for s in check.slopes if s.probe == "norm.qk"} == {
+        "gradient", "rate", "update",
+    }  # fmt: skip
+
+
+def test_a_probe_without_an_exponent_borrows_none():
+    """But for the stream, which may have one for all layers."""
+    run = [{("step", p): torch.ones(3) * 2**i for p in PROBES} for i in range(3)]
+    expected = {"step": {"norm": 1.0, "residual": 1.0, "residual.last": 0.5}}
+    found = {s.probe: s.expected for s in fit_slopes("d_head fixed", (1, 2, 4), run, expected)}
+    assert found == {"norm": 1.0, "residual.0": 1.0, "residual.last": 0.5}
+
+
+PROBES = ("norm", "norm.qk", "norm.final", "residual.0", "residual.last")
 
 
 @slow
@@ -371,10 +384,10 @@ def test_exponents_of_mup():
 def declared(rule, axis, role):
     """A literal's own exponent of the learning rate of a role inside blocks."""
     powers = (rule.lr.get(role, {}), rule.block_lr if role in ("hidden", "bias", "norm") else {})
-    return sum(power.get(quantity, 0.0) for power in powers for quantity in GROWS[axis])
+    return sum(power.get(quantity, 0.0) for power in powers for quantity in AXES[axis].grows)
 
 
-CLAIMS = [(r, axis) for r in RULES.values() for axis in GROWS if axis in r.covers]
+CLAIMS = [(r, axis) for r in RULES.values() for axis in SHAPES if axis in r.covers]
 
 
 @pytest.mark.parametrize(("rule", "axis"), CLAIMS, ids=[f"{r.name}-{a}" for r, a in CLAIMS])
@@ -517,6 +530,7 @@ def test_a_run_that_diverges_fails_and_is_still_data():
         ({"sizes": (32, 64)}, "widths = .*three"),
         ({"seeds": (0, 0, 1)}, "seeds = .*three"),
         ({"steps": 9}, "steps = 9.*10"),
+        ({"axis": "dept"}, "unknown axis of a coordinate check 'dept'; did you mean 'depth'"),
         ({"sizes": (32, 48, 64)}, "d_head = 32 does not divide 48"),
         ({"shape": {"activaton": "gelu"}}, "'shape.activaton'; did you mean 'shape.activation'"),
         ({"shape": {"d_model": 64}}, "shape.d_model = 64: must be left to widths"),

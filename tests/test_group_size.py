@@ -1,4 +1,4 @@
-"""How many columns train together: the fastest count, within memory and within its price."""
+"""How many members train together: the fastest count, within memory and within its price."""
 
 import math
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_tuning import RAW, spec
 
-import mupgpt.tuning.group_size as columns_module
+import mupgpt.tuning.group_size as size_module
 from mupgpt.resolve import train_config
-from mupgpt.tuning.group_size import Timing, best_count, columns_for, usual
+from mupgpt.tuning.group_size import Timing, best_count, members_for, usual
 from mupgpt.tuning.spec import load_spec
 
 
@@ -49,7 +49,7 @@ def cache(count):
         (lambda k: 1.0 * k**2, 16, 1),
     ],
 )
-def test_the_count_with_the_most_columns_a_second(seconds, first, found):
+def test_the_count_with_the_most_members_a_second(seconds, first, found):
     assert best_count(Device(seconds), first, work=1e9, most=1000) == found
 
 
@@ -74,42 +74,42 @@ def _text(tmp_path):
 
 
 def test_little_work_is_not_timed(monkeypatch):
-    monkeypatch.setattr(columns_module, "time_step", lambda configs: 1 / 0)
-    monkeypatch.setattr(columns_module, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(size_module, "time_step", lambda configs: 1 / 0)
+    monkeypatch.setattr(size_module, "pick_device", lambda: torch.device("cpu"))
     (cell,) = spec().cells
     tokens = 4 * 16
-    assert columns_for(cell, work=1000) == usual(cell.config()) == 8192 // tokens
+    assert members_for(cell, work=1000) == usual(cell.config()) == 8192 // tokens
 
 
 def test_much_work_is_timed_and_said(caplog):
     caplog.set_level("INFO", "mupgpt.worker")
-    (cell,) = spec(study={"columns": 0}, train={"batch_size": 256}).cells
-    chosen = columns_for(cell, work=1e5)
-    assert chosen in (1, 2, 4, 8, 16) and f"tiny: {chosen} columns together" in caplog.text
+    (cell,) = spec(study={"members": 0}, train={"batch_size": 256}).cells
+    chosen = members_for(cell, work=1e5)
+    assert chosen in (1, 2, 4, 8, 16) and f"tiny: {chosen} members together" in caplog.text
 
 
 def test_the_spec_decides_where_it_says_so():
-    (cell,) = spec(study={"columns": 5}).cells
-    assert columns_for(cell, work=1e9) == 5
-    assert spec(study={"columns": 5}).identity == spec().identity
+    (cell,) = spec(study={"members": 5}).cells
+    assert members_for(cell, work=1e9) == 5
+    assert spec(study={"members": 5}).identity == spec().identity
 
 
 def test_memory_bounds_the_count(monkeypatch):
     """13B in 32 GiB: one at a time; half of the memory, by the plan's own bytes, is used."""
-    monkeypatch.setattr(columns_module, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(size_module, "pick_device", lambda: torch.device("cpu"))
     config = train_config({**RAW["train"], "data": {}, "batch_size": 1, "precision": "fp32"})
     assert usual(config) == 512
-    need = max(m.total for m in columns_module.moments(config, "exact", "none"))
-    monkeypatch.setattr(columns_module, "_memory", lambda: 2 * 10.5 * need)
+    need = max(m.total for m in size_module.moments(config, "exact", "none"))
+    monkeypatch.setattr(size_module, "_memory", lambda: 2 * 10.5 * need)
     assert usual(config) == 10 and usual(config, processes=2) == 5
-    monkeypatch.setattr(columns_module, "_memory", lambda: 32 * 2**30)
+    monkeypatch.setattr(size_module, "_memory", lambda: 32 * 2**30)
     assert usual(train_config({"model": "cerebras-gpt-13b", "batch_size": 1})) == 1
 
 
 def test_large_models_train_alone(monkeypatch):
     """The proxies' widths: a cache full of small ones, fewer of larger ones, one of 24 layers."""
-    monkeypatch.setattr(columns_module, "pick_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(columns_module, "_memory", lambda: 2**40)
+    monkeypatch.setattr(size_module, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(size_module, "_memory", lambda: 2**40)
     counts = [usual(train_config({"model": f"proxy-{d}"})) for d in (32, 64, 128, 256)]
     assert counts[:2] == [16, 16] and counts[2] > counts[3] > 1
     assert usual(load_spec("cerebras-proxy-small").cells[0].config()) == 1

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,21 @@ def test_a_rung_is_its_seeds_side_by_side(tmp_path):
     assert list(rung.losses) == list(population.evaluate().values())
     assert len(found.runs) == 2 * len(found.rungs)
     assert found.flops == 2 * sum(map(six_nd, spec().configs))
+
+
+def test_a_signal_stops_a_ladder_between_two_steps(tmp_path, monkeypatch):
+    """Asked while it trains, it ends after those steps by itself; no half rung is kept."""
+    train, steps = Population.train, []
+
+    def signalled(self, until):
+        train(self, until)
+        steps.append(until)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Population, "train", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        run_ladder(spec(), tmp_path)
+    assert len(steps) == 1 and not list(tmp_path.glob("*.json"))
 
 
 def test_what_is_finished_is_not_trained_again(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from mupgpt.evidence.memory_trace import trace_peak
 from mupgpt.model.gpt import GPT
 from mupgpt.mutransfer.bridge import train_flops
 from mupgpt.parametrization.layout import count_block_weights, count_kept, count_params
-from mupgpt.parametrization.table import POINTS
+from mupgpt.parametrization.words import POINTS
 from mupgpt.planning.flops import flops_per_token, run_flops
 from mupgpt.planning.memory import CHECKPOINTING, SCHEMES, moments
 from mupgpt.planning.plan import GIB, Machine, decide_storage, options, plan, state_bytes

@@ -9,17 +9,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import optuna
 import pytest
 import tomli_w
 from sqlalchemy import event
-from test_tuning import SLOW, states, wait_until
+from test_tuning import RAW, SLOW, states, wait_until
 
 from mupgpt.errors import ConfigError
-from mupgpt.tuning.storage import close_storage, open_storage
+from mupgpt.tuning.storage import close_storage, open_storage, quiet
 from mupgpt.tuning.study import Sweep
 
 pytestmark = pytest.mark.slow
@@ -165,23 +165,53 @@ def test_ten_seconds_without_the_database(url, server, machine):
 def test_a_connection_cut_between_two_queries_of_one_call(url, table):
     """Optuna reads trials in several queries, and if one fails, again in the same transaction."""
     storage = open_storage(url)
-    study = optuna.create_study(storage=storage)
+    study, cut = optuna.create_study(storage=storage), []
+    with quiet():
+        study.ask()  # one that runs is asked for anew, beside what is newer than the last to end
     study.add_trial(optuna.create_trial(value=3.0))
-    known, cut = {study.trials[0]._trial_id}, []
+    assert len(study.trials) == 2
 
-    @event.listens_for(storage.engine, "before_cursor_execute")
+    @event.listens_for(storage.database.engine, "before_cursor_execute")
     def shut(connection, _cursor, statement, *_):
         if f"FROM {table}" in statement and not cut:
             cut.append(connection.connection.driver_connection.info.backend_pid)
             with psycopg.connect(plain(url)) as other:
                 other.execute("SELECT pg_terminate_backend(%s, 10000)", cut)
 
-    found = storage._get_trials(study._study_id, None, known, 0)
+    found = study.get_trials()
     close_storage(storage)
-    assert [t.value for t in found] == [3.0] and cut
+    assert [t.value for t in found] == [None, 3.0] and cut
 
 
 def test_an_unreachable_server_is_one_clear_error(url, server):
     wrong = url.replace(str(server.port), "1")
     with pytest.raises(ConfigError, match="cannot open storage"):
         Sweep.open("tiny", wrong)
+
+
+def command_lines(word):
+    """Those of all processes that contain the word; everyone may read them."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            if word in (line := file.read_bytes()):
+                yield line
+
+
+def test_a_password_stands_nowhere_but_in_memory_and_environment(url, tmp_path):
+    """Two workers under a parent that has the URL by environment: no command line, no log, no
+    output has its password (which this server does not ask for)."""
+    (tmp_path / "quick.toml").write_text(tomli_w.dumps({**RAW, "name": "quick"}))
+    secret = url.replace("mupgpt@", "mupgpt:hunter2@")
+    env = {**os.environ, "MUPGPT_STORAGE": secret}
+    command = [sys.executable, "-m", "mupgpt", "sweep", "run", "quick.toml", "--workers", "2"]
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as child:
+        worker = b"mupgpt.tuning.worker\0quick"
+        wait_until(lambda: len([*command_lines(worker)]) == 2, child)
+        assert not [*command_lines(b"hunter2")]
+        said = child.communicate()[0]
+    assert child.returncode == 0 and complete(url) == 6
+    assert "mupgpt:***@" in said and "hunter2" not in said
+    logs = [log.read_text() for log in Path("runs/sweeps/quick").glob("*.log")]
+    assert len(logs) == 2 and "hunter2" not in "".join(logs)

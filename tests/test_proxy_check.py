@@ -7,8 +7,8 @@ import pytest
 
 from mupgpt.cli import run
 from mupgpt.errors import ConfigError
-from mupgpt.mutransfer.axes import AXES
 from mupgpt.mutransfer.proxy_check import check_proxy
+from mupgpt.parametrization.axes import AXES
 from mupgpt.parametrization.rules import RULES
 from mupgpt.resolve import overlay, train_config
 
@@ -72,8 +72,8 @@ def width(d_model):
         ("depth", SHALLOW, {"model": {"n_layer": 9}}, "no"),
         ("context", {"model": {"seq_len": 127}}, {}, "caution"),
         ("context", {}, {"model": {"seq_len": 256}}, "caution"),
-        ("batch (sequences)", {"batch_size": 31}, {}, "caution"),
-        ("batch (sequences)", {}, {"batch_size": 33}, "caution"),
+        ("batch", {"batch_size": 31}, {}, "caution"),
+        ("batch", {}, {"batch_size": 33}, "caution"),
         ("steps", {"steps": 4999}, {}, "caution"),
         ("steps", {}, {"steps": 5001}, "caution"),
         ("tokens/parameter", {}, {"steps": 10000}, "fine"),

@@ -21,10 +21,11 @@ from optuna.storages._rdb.models import BaseModel
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
+from mupgpt.data.corpus import load_corpus
 from mupgpt.errors import ConfigError
 from mupgpt.resolve import overlay
 from mupgpt.training.population import Population
-from mupgpt.tuning import worker as worker_module
+from mupgpt.tuning import trial_queue, worker as worker_module
 from mupgpt.tuning.best import best_hparams, importances
 from mupgpt.tuning.pruning import rung_steps
 from mupgpt.tuning.run import run_sweep
@@ -33,7 +34,8 @@ from mupgpt.tuning.space import Dimension, SearchSpace
 from mupgpt.tuning.spec import differences, load_spec, parse_spec, put
 from mupgpt.tuning.storage import quiet
 from mupgpt.tuning.study import Sweep
-from mupgpt.tuning.worker import fill, work
+from mupgpt.tuning.trial_queue import TrialQueue, fill
+from mupgpt.tuning.worker import work
 from mupgpt.util.bundled import bundled
 
 RAW = {
@@ -91,7 +93,7 @@ def test_an_evaluation_dearer_than_the_training_is_said(steps, said, capsys):
     assert len(found) == bool(said) and all(said in line for line in found)
 
 
-def test_a_trial_is_its_columns_trained_alone():
+def test_a_trial_is_its_members_trained_alone():
     """The value that Optuna gets is what the trial's config gives by itself, seed by seed."""
     sweep = Sweep.create(spec())
     study = run_sweep(sweep.spec, workers=1)
@@ -99,7 +101,7 @@ def test_a_trial_is_its_columns_trained_alone():
     losses = []
     for seed in (0, 1):
         config = sweep.spec.cells[0].config(trial.params, seed)
-        population = Population([config], worker_module.load_corpus(config.data))
+        population = Population([config], load_corpus(config.data))
         population.train()
         losses.append(population.evaluate()[0])
     assert trial.user_attrs["losses"] == pytest.approx(losses, rel=1e-5)
@@ -115,7 +117,7 @@ def test_an_interrupt_gives_trials_back(monkeypatch):
         return states(study).count("RUNNING") == 6  # inside the first population
 
     with pytest.raises(KeyboardInterrupt):
-        work(sweep, stop=stop)
+        work(sweep, when=stop)
     assert states(study) == ["WAITING"] * 6  # all were in hand
     params = [t.params or t.system_attrs["fixed_params"] for t in study.trials[-6:]]
     done = run_sweep(sweep.spec, workers=1)
@@ -154,7 +156,7 @@ def test_a_silent_worker_of_another_machine_is_replaced(monkeypatch):
 
 def test_a_worker_that_died_before_it_said_who_it_is(monkeypatch):
     """Killed between asking and its first sign of life: the trial is queued again in the end."""
-    monkeypatch.setattr(worker_module, "MISSED_BEATS", 0)
+    monkeypatch.setattr(trial_queue, "MISSED_BEATS", 0)
     sweep = Sweep.create(spec())
     fill(sweep)
     with quiet():
@@ -173,7 +175,7 @@ def test_a_queued_point_survives_a_worker_that_died_before_it_had_its_values():
     sweep.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
     sweep.storage.set_trial_user_attr(trial._trial_id, "worker", f"{socket.gethostname()}:{gone()}")
     for _ in range(2):  # two that find the same dead worker queue its trial once
-        worker_module.reclaim(sweep, study)
+        TrialQueue(sweep, sweep.spec.cells[0]).reclaim()
     again = study.get_trials(deepcopy=False)
     assert [t.state.name for t in again] == ["FAIL", "WAITING"]
     assert again[1].system_attrs["fixed_params"] == {"hparams.lr": 6e-3}
@@ -189,16 +191,15 @@ def gone():
 def take_everything(queue, start):
     """A worker that only takes: the numbers of the trials it got."""
     sweep = Sweep.open("tiny")
-    study = sweep.study(sweep.spec.cells[0], salt=str(os.getpid()))
+    ours = TrialQueue(sweep, sweep.spec.cells[0], salt=str(os.getpid()))
     start.wait()
     taken = []
     while True:
-        trials = []
-        with worker_module._turn(sweep.url):
-            worker_module._take(sweep, study, sweep.spec.cells[0], 1, trials)
-        if not trials:
+        with ours.turn():
+            trial = ours.ask() if ours.left else None
+        if trial is None:
             break
-        taken += [t.number for t in trials]
+        taken.append(trial.number)
     queue.put(taken)
 
 
@@ -352,7 +353,7 @@ def test_free_places_are_taken_by_the_next_trials(monkeypatch):
         return original(self, until)
 
     monkeypatch.setattr(Population, "train", train)
-    sweep = Sweep.create(spec(study={"trials": 15, "rungs": 1, "reduction": 2, "columns": 6}))
+    sweep = Sweep.create(spec(study={"trials": 15, "rungs": 1, "reduction": 2, "members": 6}))
     study = run_sweep(sweep.spec, workers=1)
     monkeypatch.setattr(Population, "train", original)
     assert len(states(study)) == 15 and states(study).count("PRUNED") >= 5
@@ -362,7 +363,7 @@ def test_free_places_are_taken_by_the_next_trials(monkeypatch):
     ended = [t for t in study.trials if t.state == TrialState.COMPLETE]
     for trial in ended:
         alone = [cell.config(trial.params, seed) for seed in (0, 1)]
-        population = Population(alone, worker_module.load_corpus(alone[0].data))
+        population = Population(alone, load_corpus(alone[0].data))
         population.train()
         assert trial.user_attrs["losses"] == pytest.approx(list(population.evaluate().values()))
     assert any(t.number >= 3 for t in ended)  # one that began in another's place
@@ -371,7 +372,7 @@ def test_free_places_are_taken_by_the_next_trials(monkeypatch):
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "carbs", "qmc", "random"])
 def test_every_sampler_fills_the_space(sampler):
     """No point is drawn twice, over several populations and a second session."""
-    search = {"sampler": sampler, "seeds": [0], "columns": 4}
+    search = {"sampler": sampler, "seeds": [0], "members": 4}
     run_sweep(spec(study={**search, "trials": 7}), workers=1)
     study = run_sweep(spec(study={**search, "trials": 12}), workers=1)
     values = [t.params["hparams.lr"] for t in study.trials]
@@ -451,10 +452,34 @@ def test_a_study_of_another_spec_is_refused_and_nothing_lost():
     with pytest.raises(ConfigError, match=r"another spec \(train.steps: 12 there, 13 here\)"):
         run_sweep(spec(train={"steps": 13}), workers=1)
     Path("text.txt").write_text("another text " * 500)
-    worker_module.load_corpus.cache_clear()
+    load_corpus.cache_clear()
     with pytest.raises(ConfigError, match="was run on another corpus"):
         run_sweep(spec(), workers=1)
     assert states(Sweep.open("tiny").studies()["tiny"]) == ["COMPLETE"] * 6
+
+
+def test_the_difference_is_named_past_what_decides_nothing():
+    """Budget and group size differ too, and are not what is refused."""
+    run_sweep(spec(study={"trials": 2}), workers=1)
+    changed = spec(study={"trials": 3, "members": 4, "heartbeat": 5, "sampler": "qmc"})
+    with pytest.raises(ConfigError, match=r"study\.sampler: 'tpe' there, 'qmc' here"):
+        run_sweep(changed, workers=1)
+    with pytest.raises(ConfigError, match=r"\(train\.steps: 12 there, 13 here\)"):
+        run_sweep(spec(study={"trials": 3}, train={"steps": 13}), workers=1)
+
+
+def test_the_old_name_of_the_group_size_is_understood():
+    """In files, and in the studies of 0.1.0, which had it with its default."""
+    old, new = spec(study={"columns": 6}), spec(study={"members": 6})
+    assert old == new and old.identity == new.identity == spec().identity
+    sweep = Sweep.create(spec(study={"trials": 2}))
+    study = sweep.study(sweep.spec.cells[0])
+    stored = study.user_attrs["spec"]
+    del stored["study"]["members"]
+    study.set_user_attr("spec", {**stored, "study": {**stored["study"], "columns": 6}})
+    assert Sweep.open("tiny").spec.study.members == 6
+    with pytest.raises(ConfigError, match=r"study.columns = 6: is study.members by now"):
+        spec(study={"columns": 6, "members": 6})
 
 
 def test_structure_makes_a_study_each():

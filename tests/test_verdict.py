@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,15 +11,17 @@ from scipy import stats
 from mupgpt.cli import run
 from mupgpt.config.schema import HParams
 from mupgpt.errors import ConfigError
-from mupgpt.evidence.verdict import LR, judge, judge_sweep, load_verdict
+from mupgpt.evidence.drift import LR
+from mupgpt.evidence.verdict import judge, judge_sweep, load_verdict
 from mupgpt.report.pictures import verdict_picture
 from mupgpt.tuning.best import best_hparams
 from mupgpt.tuning.curves import Curve, parabola_optimum
 from mupgpt.tuning.run import run_sweep
 from mupgpt.tuning.spec import parse_spec
 from mupgpt.tuning.study import Sweep
-from mupgpt.tuning.worker import fill
+from mupgpt.tuning.trial_queue import fill
 
+RESULTS = Path(__file__).parent.parent / "sweeps" / "results"
 WIDTHS = (32, 64, 128)
 CORPUS = {"name": "planted", "sha256": "ab" * 32}
 X = np.arange(-12.0, -4.0)
@@ -146,6 +149,17 @@ def test_a_written_verdict_is_judged_again(tmp_path, capsys):
         judge_lr({"mup": curves(0.0)}, CORPUS, tolerance=0.0)
 
 
+@pytest.mark.parametrize(("name", "axis"), [("batch-size", "batch"), ("horizon", "steps")])
+def test_a_written_verdict_knows_its_axis_by_either_name(name, axis):
+    assert load_verdict(RESULTS / f"{name}.json").axis == axis
+
+
+def test_an_unknown_axis_is_refused():
+    assert judge_lr({"mup": curves(0.0)}, CORPUS, axis="horizon").axis == "steps"
+    with pytest.raises(ConfigError, match="unknown axis 'widht'; did you mean 'width'"):
+        judge_lr({"mup": curves(0.0)}, CORPUS, axis="widht")
+
+
 def test_one_width_cannot_drift():
     with pytest.raises(ConfigError, match="one size only"):
         judge_lr({"mup": {32: curves(0.0)[32]}}, CORPUS)
@@ -216,6 +230,8 @@ def test_one_axis_is_judged_and_the_others_are_held(tmp_path):
         judge_sweep("two", axis="batch")
     with pytest.raises(ConfigError, match="did you mean 'depth'"):
         judge_sweep("two", axis="dept")
+    with pytest.raises(ConfigError, match="unknown axis of a verdict 'vocabulary'"):
+        judge_sweep("two", axis="vocabulary")
 
 
 def test_every_hyperparameter_has_its_own_curves(tmp_path):

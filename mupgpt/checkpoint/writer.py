@@ -9,7 +9,6 @@ their tensors; so any number of processes, sharded in any way, reads just what i
 """
 
 import json
-import math
 import os
 import shutil
 import threading
@@ -27,6 +26,7 @@ from mupgpt.checkpoint.verify import FORMAT, checkpoints, measure, self_hash
 from mupgpt.distributed.processes import gather, is_main, on_main, rank, say, together, world_size
 from mupgpt.errors import CheckpointError
 from mupgpt.model.shards import Piece, piece
+from mupgpt.util.host import free_memory
 
 __all__ = ["Writer", "save"]
 
@@ -82,7 +82,7 @@ class Writer:
         """Begin a checkpoint: as `save`, of what the tensors hold now."""
         self.wait()
         own = own_pieces(groups)
-        if _bytes(own) * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 0.9 * _host_memory():
+        if _bytes(own) * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 0.9 * free_memory():
             self._run(step, own, facts)
             return
         copied = {
@@ -212,14 +212,6 @@ def _parts(pieces: dict[str, Piece]) -> Iterator[dict[str, Piece]]:
         part[name] = p
         size += p.data.nbytes
     yield part
-
-
-def _host_memory() -> float:
-    """Bytes that this machine can still give; without limit where it does not say."""
-    path = Path("/proc/meminfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return free[0] if free else math.inf
 
 
 def _commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:

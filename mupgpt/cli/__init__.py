@@ -23,7 +23,7 @@ def run(argv: list[str]) -> int:
     try:
         return guarded(lambda: parse(argv))
     except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'stopped'}; what finished is kept: the same command continues",
+        print(f"\n{str(stop) or 'stopped'}; what finished is kept: the same command continues",
               file=sys.stderr)  # fmt: skip
         return STOPPED
 

@@ -19,7 +19,8 @@ def verdict(
     study: Positional[str],
     storage: str | None = None,
     tolerance: float | None = None,
-    axis: Literal["width", "depth", "density", "context", "batch", "horizon"] | None = None,
+    axis: Literal["width", "depth", "density", "context", "batch", "steps", "horizon"]
+    | None = None,
     json: bool = False,
     picture: Path | None = None,
 ) -> None:
@@ -82,12 +83,15 @@ def coord_check(
         json: Print machine-readable data.
         picture: Write the curves there, as SVG and PNG.
     """
-    from mupgpt.evidence.coordinates import PLURAL, SEEDS, coord_check as check
+    from mupgpt.evidence.coordinates import SEEDS, coord_check as check
+    from mupgpt.parametrization.axes import find_axis
 
     one_thread()
     sizes = {"width": widths, "depth": depths, "density": densities}
     for name, given in sizes.items():
-        require(name == axis or not given, PLURAL[name], given, f"be left out with axis {axis}")
+        require(
+            name == axis or not given, find_axis(name).sizes, given, f"be left out with axis {axis}"
+        )
     result = check(
         rule,
         axis=axis,

@@ -34,9 +34,9 @@ def check_proxy(
         critical_batch: The proxy's critical batch size in tokens, where measured.
         json: Print machine-readable data.
     """
-    from mupgpt.mutransfer.axes import AXES
     from mupgpt.mutransfer.proxy_check import check_proxy as check
     from mupgpt.mutransfer.transfer import transfer
+    from mupgpt.parametrization.axes import AXES
 
     proxy, seeds = _proxy(spec, cell)
     target = transfer(proxy, read_config(to), accept=AXES).config

@@ -24,7 +24,7 @@ def sweep_run(
 
     Args:
         spec: A shipped sweep's name or a TOML file.
-        workers: One-thread processes (default: one a core).
+        workers: Processes (default: one a GPU, or one of one thread a core).
         storage: Optuna storage URL (default: SQLite in runs/sweeps/NAME).
     """
     from mupgpt.tuning.run import run_sweep
@@ -43,9 +43,10 @@ def sweep_status(name: Positional[str], storage: str | None = None) -> None:
         storage: Optuna storage URL.
     """
     from mupgpt.tuning.study import Sweep, finished, trials_of
+    from mupgpt.tuning.urls import shown
 
     sweep = Sweep.open(stem(name), storage)
-    print(f"storage {sweep.url}")
+    print(f"storage {shown(sweep.url)}")
     for cell in sweep.spec.cells:
         trials = trials_of(sweep.storage, cell.name)
         states = [t.state.name.lower() for t in trials]

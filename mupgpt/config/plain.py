@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import reprlib
 import tomllib
 import types
@@ -12,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from mupgpt.config.fields import check
 from mupgpt.errors import ConfigError, require, unknown
 
-__all__ = ["from_dict", "load_toml", "settle", "to_dict"]
+__all__ = ["finite", "from_dict", "load_toml", "settle", "to_dict"]
 
 
 T = TypeVar("T")
@@ -122,6 +123,15 @@ def _short(value: Any) -> str:
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as nested plain data, which `from_dict` accepts back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def finite(x: float) -> float | None:
+    """``x`` as plain data: None where it is infinite or no number, which JSON does not know.
+
+    >>> finite(0.5), finite(math.inf)
+    (0.5, None)
+    """
+    return x if math.isfinite(x) else None
 
 
 def load_toml(path: Path | str) -> dict[str, Any]:

@@ -195,8 +195,7 @@ def run_bridge(plan: BridgePlan, folder: Path | str) -> BridgeVerdict:
 
             def tell(part: float, done: float = done, share: float = share) -> None:
                 progress.update(round(1000 * (done + part * share)), 1000, "of the FLOPs")
-                if stop.is_set():
-                    raise KeyboardInterrupt
+                stop.check()
 
             path = folder / f"w{config.model.d_model}.json"
             rungs.append(run_one(path, config, plan.seeds, corpus, tell, LR_FACTORS))

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mupgpt.errors import require
-from mupgpt.evidence.coordinates import SEEDS, Slope, fit_slopes
+from mupgpt.evidence.coordinates import SEEDS
 from mupgpt.evidence.probes import Measures
+from mupgpt.evidence.slopes import Slope, fit_slopes
 from mupgpt.interop.adopt import Adopted
 from mupgpt.util.text import align
 

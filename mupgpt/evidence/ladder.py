@@ -31,6 +31,7 @@ from mupgpt.scaling.runs import Runs
 from mupgpt.training.population import Population
 from mupgpt.util.bundled import find_bundled
 from mupgpt.util.progress import Progress
+from mupgpt.util.stopping import stop_flag
 
 __all__ = ["Ladder", "LadderSpec", "Rung", "load_ladder", "run_ladder", "run_one"]
 
@@ -233,13 +234,14 @@ def run_ladder(spec: LadderSpec | str | Path, folder: Path | str | None = None) 
     corpus = load_corpus(spec.config.data)
     total = sum(map(six_nd, spec.configs))
     rungs: list[Rung] = []
-    with Progress(f"ladder {spec.name}") as progress:
+    with stop_flag() as stop, Progress(f"ladder {spec.name}") as progress:
         for config in spec.configs:
             done = sum(six_nd(rung.config) for rung in rungs)
 
             def tell(part: float, done: float = done, config: TrainConfig = config) -> None:
                 share = (done + part * six_nd(config)) / total
                 progress.update(round(1000 * share), 1000, "of the FLOPs")
+                stop.check()
 
             path = folder / f"w{config.model.d_model}-s{config.steps}.json"
             rungs.append(run_one(path, config, spec.ladder.seeds, corpus, tell))

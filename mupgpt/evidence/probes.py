@@ -19,6 +19,8 @@ from mupgpt.training.step import Batch, train_step
 
 __all__ = ["Backend", "Measures", "activations", "generation_gap", "measure"]
 
+SEQUENCES = 2
+"""Sequences of a batch: a handful of tokens, so that widths exceed their number."""
 Backend = str | Callable[..., Any] | None
 """A backend of torch.compile; None compiles nothing."""
 Measures = dict[tuple[str, str], Tensor]
@@ -30,7 +32,6 @@ def measure(
     table: ParamTable,
     seeds: Sequence[int],
     *,
-    sequences: int,
     steps: int,
     backend: Backend = None,
 ) -> tuple[Measures, float]:
@@ -46,7 +47,7 @@ def measure(
         torch.compiler.reset()  # all models share one code object, and its cache is small
         model.compile(backend=backend)
     optimizer = make_optimizer(model, table)
-    batch = random_batch(shape, seeds, sequences)
+    batch = random_batch(shape, seeds, SEQUENCES)
 
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     init = activations(model, batch)

@@ -1,13 +1,11 @@
 """Does the optimum stay put? Numbers with intervals, from sweeps of one hyperparameter over a size.
 
-For each seed and size the optimum of a hyperparameter is read off its curve (`curves`). The drift
-is one slope of these optima against log2 of the size per seed; its interval is Student's t over the
-seeds. The regret is what the smallest size's optimum costs at the largest (for density, the
-largest's at the smallest).
+For each rule and each hyperparameter there is one drift (`mupgpt.evidence.drift`); the verdict is
+on the rule under test, its controls beside it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,137 +13,21 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.trial import TrialState
-from scipy import stats
 
 from mupgpt.config.plain import load_toml
 from mupgpt.errors import ConfigError, require, unknown
+from mupgpt.evidence.drift import LR, Drift, find_drift, size_key
+from mupgpt.parametrization.axes import AXES, AxisName, AxisRow, find_axis
 from mupgpt.parametrization.rules import RULES
-from mupgpt.tuning.curves import Curve, half_width
+from mupgpt.tuning.curves import Curve
 from mupgpt.tuning.study import DONE, Sweep
 
-__all__ = ["AXES", "TOLERANCE", "Drift", "Verdict", "judge", "judge_sweep", "load_verdict"]
+__all__ = ["TOLERANCE", "Verdict", "judge", "judge_sweep", "load_verdict"]
 
 TOLERANCE = 0.2  # octaves of the hyperparameter per doubling of the size
-HARMLESS = 0.005  # regret up to which a drift costs next to nothing
-LR = "hparams.lr"
-AXES = {
-    "width": "model.d_model",
-    "depth": "model.n_layer",
-    "density": "model.density",
-    "context": "model.seq_len",
-    "batch": "batch_size",
-    "horizon": "steps",
-}
-"""What may grow → its key in a config."""
 
 Curves = Mapping[str, Mapping[str, Mapping[float, Curve]]]
 """Hyperparameter → rule → size → curve."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drift:
-    """How the optimum of one hyperparameter moves with the size under one rule."""
-
-    rule: str
-    hparam: str
-    sizes: tuple[float, ...]
-    """From the proxy's to the target's: ascending, but masks are tuned dense."""
-    optimum: Mapping[float, tuple[float, ...]]
-    """Size → log2 of the optimum of each seed."""
-    shifts: tuple[float, ...]
-    """Slope of each seed, octaves per doubling of the size."""
-    regrets: tuple[float, ...]
-    """Relative excess loss at the last size of each seed, with the first one's optimum."""
-    best_loss: Mapping[float, float]
-    """Size → lowest loss, mean over seeds."""
-    open_sizes: tuple[float, ...]
-    """Sizes at which some seed's lowest point is the end of the grid: no optimum was seen."""
-    tolerance: float
-
-    @property
-    def shift(self) -> float:
-        """Mean slope."""
-        return float(np.mean(self.shifts))
-
-    @property
-    def ci95(self) -> tuple[float, float]:
-        """Student's 95 % interval of the slope over the seeds."""
-        half = half_width(self.shifts)
-        return self.shift - half, self.shift + half
-
-    @property
-    def regret(self) -> float:
-        """Mean regret."""
-        return float(np.mean(self.regrets))
-
-    @property
-    def most_regret(self) -> float:
-        """Upper end of the 95 % interval of the mean regret over the seeds."""
-        return self.regret + half_width(self.regrets)
-
-    @property
-    def verdict(self) -> str:
-        """PASS when the interval lies inside ±tolerance, FAIL when outside, else INCONCLUSIVE.
-
-        FLAT is an INCONCLUSIVE or FAIL that does not matter: of a hyperparameter other than the
-        learning rate, whose optimum was seen everywhere, and whose regret is at most 0.5 %.
-        """
-        if self.open_sizes:
-            return "INCONCLUSIVE"
-        low, high = self.ci95
-        if -self.tolerance <= low and high <= self.tolerance:
-            return "PASS"
-        if self.hparam != LR and self.most_regret <= HARMLESS:
-            return "FLAT"
-        return "FAIL" if low > self.tolerance or high < -self.tolerance else "INCONCLUSIVE"
-
-    @property
-    def seeds_needed(self) -> int | None:
-        """Seeds that would decide, if mean and spread of the slopes stayed; None: over 200."""
-        if len(self.shifts) < 2:
-            return 2
-        room = abs(self.tolerance - abs(self.shift))
-        spread = float(np.std(self.shifts, ddof=1))
-        for n in range(max(3, len(self.shifts)), 200):
-            if stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n) <= room:
-                return n
-        return None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        name = self.hparam.removeprefix("hparams.")
-        return {
-            f"optimum_log2_{name}": {_key(s): float(np.mean(o)) for s, o in self.optimum.items()},
-            f"optimum_log2_{name}_by_seed": {_key(s): list(o) for s, o in self.optimum.items()},
-            "shift_per_doubling": self.shift,
-            "shift_ci95": [_finite(x) for x in self.ci95],
-            "shift_by_seed": list(self.shifts),
-            "regret_at_largest": self.regret,
-            "regret_at_widest": self.regret,
-            "regret_upper95": _finite(self.most_regret),
-            "regret_by_seed": list(self.regrets),
-            "best_loss": {_key(s): loss for s, loss in self.best_loss.items()},
-            "seeds": len(self.shifts),
-            "verdict": self.verdict,
-        }
-
-    def line(self, judged: str, heads: Sequence[str]) -> str:
-        """One row of the printed table, below the ``heads`` of its sizes."""
-        optima = "".join(
-            f"{np.mean(self.optimum[s]):>{len(head)}.2f}"
-            for s, head in zip(self.sizes, heads, strict=True)
-        )
-        shift = f"{self.shift:+.2f} ± {half_width(self.shifts):.2f}"
-        regret = f"{100 * self.regret:.2f} %"
-        return f"{self.rule:<18}{optima}{shift:>28}{regret:>9}  {judged}"
-
-
-def _finite(x: float) -> float | None:
-    return x if math.isfinite(x) else None
-
-
-def _key(size: float) -> str:
-    return f"{size:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +35,7 @@ class Verdict:
     """The verdict on the rule under test, its controls beside it."""
 
     rule: str
-    axis: str
+    axis: AxisName
     drifts: Mapping[str, Mapping[str, Drift]]
     """Hyperparameter → rule → drift."""
     curves: Curves
@@ -220,7 +102,7 @@ class Verdict:
             "curves": {
                 key: {
                     rule: {
-                        _key(size): {"log2": c.log2.tolist(), "loss": c.loss.tolist()}
+                        size_key(size): {"log2": c.log2.tolist(), "loss": c.loss.tolist()}
                         for size, c in sizes.items()
                     }
                     for rule, sizes in by_rule.items()
@@ -272,22 +154,24 @@ def judge(
 ) -> Verdict:
     """The verdict on curves by hyperparameter, rule and size.
 
-    The rule under test is the first that is meant to transfer.
+    The rule under test is the first that is meant to transfer. Raises `ConfigError` for an unknown
+    axis, and where a rule has curves at one size only.
     """
+    row = find_axis(axis)
     require(tolerance > 0, "tolerance", tolerance, "be > 0")
     require(bool(curves) and all(curves.values()), "curves", curves, "hold at least one rule")
     drifts = {
         key: {
-            name: _drift(name, key, sizes, tolerance, axis == "density")
+            name: find_drift(name, key, sizes, tolerance, row.judged == "down")
             for name, sizes in by_rule.items()
         }
         for key, by_rule in curves.items()
     }
     names = list(next(iter(drifts.values())))
-    tested = [name for name in names if name not in RULES or axis in RULES[name].covers]
+    tested = [name for name in names if name not in RULES or row.name in RULES[name].covers]
     return Verdict(
         rule=(tested or names)[0],
-        axis=axis,
+        axis=row.name,
         drifts=drifts,
         curves=curves,
         corpus=corpus,
@@ -315,40 +199,18 @@ def load_verdict(path: Path, tolerance: float | None = None) -> Verdict:
         raise ConfigError(f"{path} is no verdict: {error}") from error
 
 
-def _drift(
-    rule: str, hparam: str, curves: Mapping[float, Curve], tolerance: float, falls: bool
-) -> Drift:
-    sizes = tuple(sorted(curves, reverse=falls))
-    if len(sizes) < 2:
-        raise ConfigError(f"rule {rule}: one size only ({sizes}); a drift needs at least two")
-    optima = {s: curves[s].optima() for s in sizes}
-    x = np.log2(sizes)
-    slopes = np.polyfit(x, np.stack([optima[s] for s in sizes]), 1)[0]
-    return Drift(
-        rule=rule,
-        hparam=hparam,
-        sizes=sizes,
-        optimum={s: tuple(o.tolist()) for s, o in optima.items()},
-        shifts=tuple(slopes.tolist()),
-        regrets=tuple(curves[sizes[-1]].regret(optima[sizes[0]]).tolist()),
-        best_loss={s: float(curves[s].loss.min(axis=0).mean()) for s in sizes},
-        open_sizes=tuple(s for s in sizes if not curves[s].inside().all()),
-        tolerance=tolerance,
-    )
-
-
 def judge_sweep(
     sweep: Sweep | str, tolerance: float = TOLERANCE, axis: str | None = None
 ) -> Verdict:
     """The verdict on a finished sweep of single hyperparameters over a size (and ``rule``).
 
     ``sweep`` is a `Sweep`, or the name or folder of one that was run here; ``axis`` is one of
-    `AXES` (default: the one that the sweep varies). Where it varies several, the others are held
-    at their first values.
+    those of `mupgpt.parametrization.axes.AXES` that are judged (default: the one that the sweep
+    varies). Where it varies several, the others are held at their first values.
     """
     sweep = Sweep.open(sweep) if isinstance(sweep, str) else sweep
-    axis = _axis(sweep, axis)
-    held = {k: v[0] for k, v in sweep.spec.structure.items() if k not in (AXES[axis], "rule")}
+    row = _axis(sweep, axis)
+    held = {k: v[0] for k, v in sweep.spec.structure.items() if k not in (row.key, "rule")}
     curves: dict[str, dict[str, dict[float, Curve]]] = {}
     corpora = []
     for cell in sweep.spec.cells:
@@ -357,27 +219,29 @@ def judge_sweep(
         study, config = sweep.study(cell), cell.config()
         key = next(iter(cell.search_space.dimensions))
         sizes = curves.setdefault(key, {}).setdefault(config.rule, {})
-        sizes[float(cell.values[AXES[axis]])] = _curve(study, key)
+        sizes[float(cell.values[row.key])] = _curve(study, key)
         corpora.append(study.user_attrs["corpus"])
     assert all(corpus == corpora[0] for corpus in corpora), "one sweep has one corpus"
-    return judge(curves, corpora[0], tolerance, axis)
+    return judge(curves, corpora[0], tolerance, row.name)
 
 
-def _axis(sweep: Sweep, axis: str | None) -> str:
+def _axis(sweep: Sweep, axis: str | None) -> AxisRow:
     """The axis to judge over, or an error that says what the sweep would need."""
-    if axis is not None and axis not in AXES:
-        raise unknown("axis", axis, AXES)
-    varied = [name for name, key in AXES.items() if key in sweep.spec.structure]
+    judged = {row.name: row for row in AXES.values() if row.judged}
+    name = find_axis(axis).name if axis is not None else None
+    if name is not None and name not in judged:
+        raise unknown("axis of a verdict", name, judged)
+    asked = list(judged.values()) if name is None else [judged[name]]
+    varied = [row for row in asked if row.key in sweep.spec.structure]
     alone = all(len(cell.search_space.dimensions) == 1 for cell in sweep.spec.cells)
-    if not alone or not varied or axis not in (None, *varied):
-        keys = AXES[axis] if axis else " or ".join(AXES.values())
+    if not alone or not varied:
         raise ConfigError(
             f"sweep {sweep.spec.name!r} searches {', '.join(sweep.spec.space)} over "
             f"{', '.join(sweep.spec.structure) or 'no structure'}; a verdict needs one "
-            f"hyperparameter at a time (study.each = true) over {keys}, as in: "
-            "mupgpt cp lr my.toml"
+            "hyperparameter at a time (study.each = true) over "
+            f"{' or '.join(row.key for row in asked)}, as in: mupgpt cp lr my.toml"
         )
-    return axis or varied[0]
+    return varied[0]
 
 
 def _curve(study: optuna.Study, key: str) -> Curve:

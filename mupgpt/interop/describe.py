@@ -16,7 +16,8 @@ from mupgpt.errors import ConfigError, unknown
 from mupgpt.interop.modules import axes, is_norm, is_table, locate, named, owners, stacks
 from mupgpt.interop.mup import base_shapes
 from mupgpt.interop.reading import PLACES, Part, Place, Reading, Shape, misfit
-from mupgpt.parametrization.layout import ROLES, ParamSpec, Role
+from mupgpt.parametrization.layout import ParamSpec
+from mupgpt.parametrization.words import ROLES, Role
 
 __all__ = ["describe", "read"]
 

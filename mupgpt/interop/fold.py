@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from mupgpt.errors import ConfigError, require
-from mupgpt.parametrization.rules import Optimizer
 from mupgpt.parametrization.table import Multiplier, ParamRow, ParamTable
+from mupgpt.parametrization.words import Optimizer
 
 __all__ = ["CONSTANTS", "Load", "factors", "fold"]
 

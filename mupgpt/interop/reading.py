@@ -9,7 +9,8 @@ from torch import nn
 from mupgpt.errors import ConfigError
 from mupgpt.interop.modules import locate, named
 from mupgpt.interop.mup import width_ratios
-from mupgpt.parametrization.layout import ParamSpec, Role
+from mupgpt.parametrization.layout import ParamSpec
+from mupgpt.parametrization.words import Role
 
 __all__ = ["PLACES", "Part", "Place", "Reading", "Shape", "misfit"]
 

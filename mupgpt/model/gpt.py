@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from mupgpt.config.schema import GPTConfig
 from mupgpt.model.layers import Embedding, LayerNorm, Linear, RMSNorm
 from mupgpt.model.losses import chunked_loss, token_loss
+from mupgpt.model.own_table import require_own_table
 from mupgpt.model.positions import Places, locate
 from mupgpt.parametrization.layout import densities
-from mupgpt.parametrization.table import POINTS, ParamTable
+from mupgpt.parametrization.table import ParamTable
+from mupgpt.parametrization.words import POINTS
 from mupgpt.planning.memory import CHUNK
 
 __all__ = ["GPT", "Block", "Cache"]
@@ -175,7 +177,11 @@ class GPT(nn.Module):
         return {name: m for name, m in self.named_buffers() if name.endswith(".mask")}
 
     def apply_table(self, tables: ParamTable | Sequence[ParamTable]) -> None:
-        """Put the multipliers of a table (of one table per member) in place."""
+        """Put the multipliers of a table (of one table per member) in place.
+
+        Raises `ConfigError` for the table of another shape.
+        """
+        require_own_table(self, tables)
         if self.members is None:
             assert isinstance(tables, ParamTable), "one model takes one table"
             self._floats = {point: tables.multipliers[point].value for point in POINTS}

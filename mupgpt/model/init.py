@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mupgpt.model.gpt import GPT
-from mupgpt.model.shards import piece
+from mupgpt.model.own_table import require_own_table
+from mupgpt.model.shards import Piece, piece
 from mupgpt.parametrization.layout import layout
 from mupgpt.parametrization.table import ParamRow, ParamTable
 
@@ -76,8 +77,10 @@ def init_weights(
 
     With members, ``tables`` and ``seeds`` may be one for all or one each; members that share a
     seed share their standard normals, scaled by each one's std, and their masks. Weights that a
-    mask drops start at zero, where decay and AdamW leave them.
+    mask drops start at zero, where decay and AdamW leave them. Raises `ConfigError` for the table
+    of another shape.
     """
+    require_own_table(model, tables)
     members = model.members or 1
     per_table = [tables] * members if isinstance(tables, ParamTable) else list(tables)
     per_seed = [seeds] * members if isinstance(seeds, int) else list(seeds)
@@ -130,28 +133,21 @@ def _draw_masks(model: GPT, seeds: Sequence[int]) -> None:
     for name, mask in model.masks().items():
         of_weight = name.removesuffix("mask") + "weight"
         held, part = piece(mask), piece(model.get_parameter(of_weight))
-        boxes = held.data if mask.dim() == 3 else held.data.unsqueeze(0)
-        _fill_mask(boxes, name, specs[of_weight].density, seeds, held.offset[-2:], held.shape[-2:])
+        _fill_mask(held, name, specs[of_weight].density, seeds)
         # FSDP2 divides a weight further than its mask.
         starts = (a - b for a, b in zip(part.offset, held.offset, strict=True))
         own = tuple(slice(a, a + n) for a, n in zip(starts, part.data.shape, strict=True))
         part.data.mul_(held.data[own])
 
 
-def _fill_mask(
-    mask: Tensor,
-    name: str,
-    density: float,
-    seeds: Sequence[int],
-    offset: Sequence[int],
-    shape: Sequence[int],
-) -> None:
+def _fill_mask(mask: Piece, name: str, density: float, seeds: Sequence[int]) -> None:
     def write(here: Tensor, block: int, of: tuple[int, int], box: Box) -> None:
         drawn = {seed: keyed_mask(seed, name, block, of, density)[box] for seed in set(seeds)}
         for i, seed in enumerate(seeds):
             here[i].copy_(torch.from_numpy(drawn[seed]))
 
-    _by_blocks(mask, offset, shape, write)
+    boxes = mask.data if mask.data.dim() == 3 else mask.data.unsqueeze(0)
+    _by_blocks(boxes, mask.offset[-2:], mask.shape[-2:], write)
 
 
 def _by_blocks(

@@ -1,27 +1,23 @@
-"""In which ways two runs differ, and what each difference rests on."""
+"""How two runs differ along every axis, and what a transfer along it rests on."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from mupgpt.config.schema import TrainConfig
 from mupgpt.mutransfer.choices import Choice, chosen
-from mupgpt.parametrization.layout import count_kept, densities
+from mupgpt.parametrization.axes import AXES, RULE_AXES, AxisName, AxisRow, RuleAxis
 from mupgpt.parametrization.rules import Rule, get_rule
 
-__all__ = ["AXES", "Axis", "axes_between", "corpus_name"]
+__all__ = ["Axis", "axes_between"]
 
 Status = Literal["covered", "heuristic", "unsupported"]
-
-AXES = ("width", "ffn ratio", "d_head", "depth", "density", "block", "kv groups", "context",
-        "batch (sequences)", "steps", "tokens/parameter", "vocabulary", "corpus")  # fmt: skip
-"""Names of all axes, in the order in which they are shown."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One way in which source and target may differ, and what covers it."""
+    """Where source and target stand on one axis, and what covers it."""
 
-    name: str
+    name: AxisName
     source: float | str
     target: float | str
     status: Status
@@ -48,39 +44,24 @@ def axes_between(
     """
     rule = get_rule(a.rule)
     choices = chosen(rule) if choices is None else choices
-    empirical = "kept; transfers in practice (arXiv 2203.03466, Table 1)"
-    batch = f"{empirical}, but not between small batches (sweeps/README.md)"
-    batch = _by_choice(choices, "batch (sequences)") or batch
-    horizon = f"kept as rule {rule.name} is published: lr·λ·steps changes"
-    if said := _by_choice(choices, "steps"):
-        horizon = f"{said}; lr kept (arXiv 2203.03466, Table 1), though the best one falls with the"
-        horizon += " horizon (arXiv 2409.19913)"
-    nothing = "no rule; the optimum may move"
-    rows: list[tuple[str, Any, Any, Status, str]] = [
-        ("width", a.model.d_model, b.model.d_model, *_by_rule(rule, "width")),
-        ("ffn ratio", _ffn_ratio(a), _ffn_ratio(b), *_by_rule(rule, "ffn ratio")),
-        ("d_head", a.model.d_head, b.model.d_head, *_by_rule(rule, "d_head")),
-        ("depth", a.model.n_layer, b.model.n_layer, *_by_rule(rule, "depth")),
-        ("density", _density(a), _density(b), *_by_rule(rule, "density")),
-        ("block", _block(a), _block(b), "unsupported", nothing),
-        ("kv groups", _kv_groups(a), _kv_groups(b), "unsupported", nothing),
-        ("context", a.model.seq_len, b.model.seq_len, "heuristic", empirical),
-        ("batch (sequences)", a.batch_size, b.batch_size, "heuristic", batch),
-        ("steps", a.steps, b.steps, "heuristic", horizon),
-        ("tokens/parameter", _tokens_per_param(a), _tokens_per_param(b), "heuristic",
-         "as steps and batch"),
-        ("vocabulary", a.model.vocab_size, b.model.vocab_size, "unsupported", nothing),
-        ("corpus", corpus_name(a), corpus_name(b), "unsupported", nothing),
-    ]  # fmt: skip
-    return [Axis(*row) for row in rows]
+    return [
+        Axis(row.name, row.value(a), row.value(b), *_covered(row, rule, choices))
+        for row in AXES.values()
+    ]
 
 
-def _by_choice(choices: tuple[Choice, ...], axis: str) -> str:
-    """What the choices say of an axis."""
-    return "; ".join(f"{c.says} ({c.source})" for c in choices if axis in c.axes)
+def _covered(row: AxisRow, rule: Rule, choices: tuple[Choice, ...]) -> tuple[Status, str]:
+    """The status of an axis, and what that rests on."""
+    for axis in RULE_AXES:
+        if axis == row.name:
+            return _by_rule(rule, axis)
+    if not row.practice:
+        return "unsupported", "no rule; the optimum may move"
+    said = "; ".join(f"{c.says} ({c.source})" for c in choices if row.name in c.axes)
+    return "heuristic", said + row.beside if said else row.practice.format(rule=rule.name)
 
 
-def _by_rule(rule: Rule, axis: str) -> tuple[Status, str]:
+def _by_rule(rule: Rule, axis: RuleAxis) -> tuple[Status, str]:
     """What ``rule`` says of an axis: its status, and what that rests on."""
     if axis in rule.covers:
         return "covered", rule.source
@@ -88,34 +69,3 @@ def _by_rule(rule: Rule, axis: str) -> tuple[Status, str]:
         return "heuristic", rule.practice[axis]
     says = "says nothing" if rule.covers else "is a control"
     return "unsupported", f"rule {rule.name} {says}"
-
-
-def _ffn_ratio(c: TrainConfig) -> float:
-    return c.model.d_ffn / c.model.d_model
-
-
-def _density(c: TrainConfig) -> float | str:
-    """The share of weights that masks keep; in words where groups differ."""
-    kept = densities(c.model)
-    same = kept["attn"] == kept["mlp"]
-    return kept["attn"] if same else ", ".join(f"{g} {share:g}" for g, share in kept.items())
-
-
-def _block(c: TrainConfig) -> str:
-    """The kind of block in words."""
-    m = c.model
-    said = {"qk-norm": m.qk_norm, "biases": m.bias, "untied head": not m.tied}
-    return " ".join([m.positions, m.norm, m.activation, *(name for name in said if said[name])])
-
-
-def _kv_groups(c: TrainConfig) -> float:
-    return c.model.n_head / c.model.n_kv_head
-
-
-def _tokens_per_param(c: TrainConfig) -> float:
-    return c.tokens / count_kept(c.model)
-
-
-def corpus_name(c: TrainConfig) -> str:
-    """Where a run's tokens come from, in words."""
-    return f"{c.data.source} ({c.data.tokenizer})"

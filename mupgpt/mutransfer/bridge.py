@@ -17,9 +17,9 @@ from mupgpt.config.plain import to_dict
 from mupgpt.config.schedules import least_warmup, warmup_steps
 from mupgpt.config.schema import GPTConfig, Prediction, TrainConfig
 from mupgpt.errors import ConfigError, require
-from mupgpt.mutransfer.axes import AXES
 from mupgpt.mutransfer.transfer import transfer
 from mupgpt.mutransfer.tuned import Tuned
+from mupgpt.parametrization.axes import AXES
 from mupgpt.planning.flops import run_flops
 from mupgpt.util.text import align, number, show
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from mupgpt.config.schema import TrainConfig
 from mupgpt.errors import ConfigError, require, unknown
+from mupgpt.parametrization.axes import AxisName
 from mupgpt.parametrization.rules import Rule, get_rule
 
 __all__ = ["CHOICES", "Choice", "chosen"]
@@ -25,7 +26,7 @@ class Choice:
     name: str
     settles: str
     """What it decides; two choices cannot decide the same."""
-    axes: tuple[str, ...]
+    axes: tuple[AxisName, ...]
     """Axes of a transfer that it answers, as far as it does."""
     says: str
     """What it does."""
@@ -100,7 +101,7 @@ CHOICES: dict[str, Choice] = {
         Choice(
             name="batch-sqrt",
             settles="batch",
-            axes=("batch (sequences)",),
+            axes=("batch",),
             says="κ times the tokens a step: lr × √κ, 1 − β × κ for both β, ε ÷ √κ",
             source="Malladi et al. 2022, arXiv 2205.10287",
             reach="Derived for steps that are mostly gradient noise and for small κ(1 − β): not"
@@ -111,7 +112,7 @@ CHOICES: dict[str, Choice] = {
         Choice(
             name="batch-half-life",
             settles="batch",
-            axes=("batch (sequences)",),
+            axes=("batch",),
             says="κ times the tokens a step: β₂ to the power κ, so that it forgets as many tokens;"
             " lr kept",
             source="Marek et al. 2025, arXiv 2507.07101",

@@ -23,7 +23,7 @@ STATUS: Mapping[str, Status] = {"covered": "fine", "heuristic": "caution", "unsu
 
 YANG = "Yang et al. 2022 (arXiv 2203.03466)"
 CEREBRAS = "Cerebras-GPT (arXiv 2304.03208)"
-LEAST = {"depth": 4, "batch (sequences)": 32, "context": 128, "steps": 5000}
+LEAST = {"depth": 4, "batch": 32, "context": 128, "steps": 5000}
 """From which size on transfer was seen (Yang et al. 2022, section 6.1)."""
 LEAST_WIDTH = 128  # the narrowest curve of Yang et al., figure 1; their section 6.1 asks for 256
 LEAST_HEADS = 4  # those of Cerebras-GPT's 40M proxy
@@ -191,7 +191,7 @@ JUDGES: Mapping[str, Callable[[Axis, TrainConfig, TrainConfig], Criterion]] = {
     "d_head": _d_head,
     "depth": _depth,
     "tokens/parameter": _tokens,
-    **dict.fromkeys(("context", "batch (sequences)", "steps"), _scale),
+    **dict.fromkeys(("context", "batch", "steps"), _scale),
 }
 """Axis → how it is judged, where that takes more than asking the rule."""
 

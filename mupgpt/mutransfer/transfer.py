@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from mupgpt.config.fields import differing
-from mupgpt.config.plain import to_dict
+from mupgpt.config.plain import finite, to_dict
 from mupgpt.config.schedules import least_warmup, warmup_steps
 from mupgpt.config.schema import Prediction, TrainConfig
-from mupgpt.errors import ConfigError, unknown
-from mupgpt.mutransfer.axes import AXES, Axis, axes_between
+from mupgpt.errors import ConfigError
+from mupgpt.mutransfer.axes import Axis, axes_between
 from mupgpt.mutransfer.choices import Choice, chosen
 from mupgpt.mutransfer.tuned import Tuned, Uncertainty
+from mupgpt.parametrization.axes import find_axis
 from mupgpt.parametrization.layout import count_params
 from mupgpt.parametrization.rules import Rule, get_rule
 from mupgpt.parametrization.table import ParamTable, parametrize
@@ -80,8 +81,8 @@ class TransferPlan:
                 for choice in self.choices
             ],
             "decay_time": {
-                "source": _finite(decay_time(self.source)),
-                "target": _finite(decay_time(self.config)),
+                "source": finite(decay_time(self.source)),
+                "target": finite(decay_time(self.config)),
             },
             "prediction": to_dict(self.prediction) if self.prediction else None,
             "source": to_dict(self.source),
@@ -148,11 +149,6 @@ class TransferPlan:
             shown = ", ".join(f"{rate:.2e}" for rate in sorted(rates))
             lines.append(f"  so the target's hidden learning rate is {shown}, ×/÷ {factor:.2f}")
         return lines
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity: without weight decay there is no averaging time."""
-    return value if math.isfinite(value) else None
 
 
 def decay_time(config: TrainConfig) -> float:
@@ -227,10 +223,8 @@ def _phases(c: TrainConfig) -> str:
 
 
 def _refuse(axes: tuple[Axis, ...], accept: tuple[str, ...], rule: Rule) -> None:
-    for name in accept:
-        if name not in AXES:
-            raise unknown("axis to accept", name, AXES)
-    open_axes = [a for a in axes if a.status == "unsupported" and a.name not in accept]
+    accepted = {find_axis(name, "axis to accept").name for name in accept}
+    open_axes = [a for a in axes if a.status == "unsupported" and a.name not in accepted]
     if open_axes:
         listed = "; ".join(f"{a.name} {show(a.source)} → {show(a.target)}" for a in open_axes)
         flags = " ".join(f"--accept '{a.name}'" if " " in a.name else f"--accept {a.name}"

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from mupgpt.model.own_table import require_own_table
 from mupgpt.model.shards import mesh_of
 from mupgpt.parametrization.table import ParamRow, ParamTable
 
@@ -18,15 +19,14 @@ def param_groups(
 
     Each group carries ``names``, its ``optimizer`` (under most rules ``adamw``), and ``table_lr``,
     from which `set_lr` derives ``lr`` every step. With a list of tables (one per member) all values
-    are tuples. With ``merge=False`` each parameter has a group of its own. A parameter without a
-    row, or a row without a parameter, is an error.
+    are tuples. With ``merge=False`` each parameter has a group of its own. Raises `ConfigError`
+    for the table of another shape.
     """
     solo = isinstance(tables, ParamTable)
     columns = [tables] if isinstance(tables, ParamTable) else list(tables)
-    named = dict(model.named_parameters())
-    _same_names(set(named), set(columns[0].rows))
+    require_own_table(model, columns)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for name, p in named.items():
+    for name, p in model.named_parameters():
         rows = [table.rows[name] for table in columns]
         values = {key: _values(rows, key, solo) for key in VALUES}
         # Fused updates want tensors of one mesh.
@@ -47,9 +47,3 @@ VALUES = ("optimizer", "lr", "weight_decay", "eps")
 def _values(rows: Sequence[ParamRow], key: str, solo: bool) -> Any:
     values = tuple(getattr(row, key) for row in rows)
     return values[0] if solo else values
-
-
-def _same_names(in_model: set[str], in_table: set[str]) -> None:
-    if odd := sorted(in_model ^ in_table):
-        where = "the model" if odd[0] in in_model else "the table"
-        raise ValueError(f"parameter {odd[0]!r} is only in {where}: the table is of another shape")

@@ -6,24 +6,22 @@ initialization, but not from its learning rates: else a control would pass again
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from mupgpt.parametrization.rules import Power, Rule
+from mupgpt.parametrization.axes import AXES, SizeAxis
+from mupgpt.parametrization.rules import Rule
+from mupgpt.parametrization.words import Point, Power, Role
 
-__all__ = ["Axis", "Exponent", "expected_slopes"]
+__all__ = ["Exponent", "expected_slopes"]
 
-Axis = Literal["width", "depth", "density"]
 Exponent = float | tuple[float, float]
 """A power of the size, or the lowest and the highest that agree with theory."""
 
-GROWS = {"width": ("m_in", "m_out", "m_d"), "depth": ("m_L", "2L"), "density": ("m_rho",)}
-"""Axis → the quantities that grow with it, but for those of d_head."""
 BRANCH = ("q", "k", "v", "o", "up", "down", "scores")
 MASKED = ("hidden", "qk", "residual_out")
 
 
 def expected_slopes(
-    rule: Rule, axis: Axis = "width", *, d_head_grows: bool, tied: bool
+    rule: Rule, axis: SizeAxis = "width", *, d_head_grows: bool, tied: bool
 ) -> dict[str, dict[str, Exponent]]:
     """Exponents of size that a coordinate check must find under ``rule``: measure → probe → power.
 
@@ -48,6 +46,8 @@ def expected_slopes(
                   −w), then √fan-in of each transposed matrix; norms in between cost nothing.
                   That of q and k sums random products over d_head under 1/d_head: −h/2 more.
                   A gain that the queries of all heads share has one such sum a head: +(w − h)/2.
+                  They agree once it has moved; under SGD, whose first step knows the gradient's
+                  size, its update may lag by as much, w/2.
     ``damping``   0 for √v/(√v + ε): ε moves with the gradients, or is too small to matter.
 
     Over density a hidden matrix's root mean squares are over all elements, the dropped ones being
@@ -70,11 +70,7 @@ def expected_slopes(
         "update": _over_all(update, g),
     }
     if rule.optimizer == "sgd":
-        rate = {kind: update[kind] - gradient[kind] for kind in update}
-        slopes["rate"] = {**rate, "qk": rate["hidden"]}  # they share one learning rate
-        if g.d_head:  # and q and k start with smaller gradients
-            slopes["update"]["qk"] = (update["qk"] - 0.5, update["qk"])
-            slopes["change"] |= dict.fromkeys(("q", "k", "scores"), (-0.5, 0.0))
+        _add_rates(slopes, gradient, update, g)
     else:
         slopes["step"] = slopes["update"]
         slopes["damping"] = _over_all(dict.fromkeys(update, 0.0), g)
@@ -116,20 +112,19 @@ class _Growth:
         return self.weights["residual_out"] + self.fan / 2
 
 
-def _growth(rule: Rule, axis: Axis, d_head_grows: bool, tied: bool) -> _Growth:
+def _growth(rule: Rule, axis: SizeAxis, d_head_grows: bool, tied: bool) -> _Growth:
     width, depth = float(axis == "width"), float(axis == "depth")
     fan = width + (axis == "density")
     emb = _slope(rule.forward.get("emb", {}), axis)
-    points = (rule.forward.get(f"residual.{b}", {}) for b in ("attn", "mlp"))
-    branch = max(_slope(point, axis) for point in points)
+    branches: tuple[Point, ...] = ("residual.attn", "residual.mlp")
+    branch = max(_slope(rule.forward.get(point, {}), axis) for point in branches)
     head_step = _slope(rule.lr.get("output", {}), axis)
     if rule.optimizer == "sgd":
         head_step = (head_step - width) / 2  # its step has the multiplier in it, which undoes it
     if tied:
         head_step = -emb
-    std = {
-        role: _slope(rule.init_std.get(role, {}), axis) for role in ("input", "hidden", "output")
-    }
+    matrices: tuple[Role, ...] = ("input", "hidden", "output")
+    std = {role: _slope(rule.init_std.get(role, {}), axis) for role in matrices}
     out = std["hidden"] + _slope(rule.residual_out_std, axis)
     weights = {  # the rule's own, but no more than keeps activations stable
         "input": min(std["input"], -emb),
@@ -143,9 +138,9 @@ def _growth(rule: Rule, axis: Axis, d_head_grows: bool, tied: bool) -> _Growth:
     )  # fmt: skip
 
 
-def _slope(power: Power, axis: Axis) -> float:
+def _slope(power: Power, axis: SizeAxis) -> float:
     """Exponent of the size in a power, for anything but the attention multiplier."""
-    return sum((power.get(quantity, 0.0) for quantity in GROWS[axis]), 0.0)
+    return sum((power.get(quantity, 0.0) for quantity in AXES[axis].grows), 0.0)
 
 
 def _init(g: _Growth) -> dict[str, Exponent]:
@@ -193,10 +188,27 @@ def _update(g: _Growth) -> dict[str, float]:
     return {
         "input": -g.emb,
         **dict.fromkeys(MASKED, vectors - g.fan),
-        **dict.fromkeys(("bias", "norm"), vectors),
+        **dict.fromkeys(("bias", "norm", "norm.qk"), vectors),
         "norm.final": 0.0,
         "output": g.head_step,
     }
+
+
+def _add_rates(
+    slopes: dict[str, dict[str, Exponent]],
+    gradient: Mapping[str, float],
+    update: Mapping[str, float],
+    g: _Growth,
+) -> None:
+    """The rates that SGD needs; and the updates that lag, as their gradients begin small."""
+    rate = {kind: update[kind] - gradient[kind] for kind in update}
+    slopes["rate"] = {**rate, "qk": rate["hidden"]}  # they share one learning rate
+    late = g.width / 2  # a gain's gradients from all heads do not agree at first
+    for measure, powers in (("rate", rate), ("update", update)):
+        slopes[measure]["norm.qk"] = (powers["norm.qk"] - late, powers["norm.qk"])
+    if g.d_head:
+        slopes["update"]["qk"] = (update["qk"] - 0.5, update["qk"])
+        slopes["change"] |= dict.fromkeys(("q", "k", "scores"), (-0.5, 0.0))
 
 
 def _over_all(powers: Mapping[str, float], g: _Growth) -> dict[str, Exponent]:

@@ -2,15 +2,16 @@
 
 import functools
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from mupgpt.config.schema import Base, GPTConfig
+from mupgpt.errors import unknown
+from mupgpt.parametrization.words import ROLES, Role
 
 __all__ = [
-    "ROLES",
     "ParamSpec",
-    "Role",
     "count_block_weights",
     "count_kept",
     "count_kept_block",
@@ -18,9 +19,6 @@ __all__ = [
     "densities",
     "layout",
 ]
-
-Role = Literal["input", "hidden", "output", "bias", "norm"]
-ROLES: tuple[Role, ...] = ("input", "hidden", "output", "bias", "norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +51,8 @@ class ParamSpec:
     that every index in the name is a layer's."""
 
     def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise unknown("role", str(self.role), ROLES)
         if not self.site:
             object.__setattr__(self, "site", re.sub(r"\.\d+\.", ".*.", self.name))
 
@@ -90,22 +90,23 @@ def _block(prefix: str, model: GPTConfig, dims: Base) -> list[ParamSpec]:
     heads, kv = dims.n_head * dims.d_head, dims.n_kv_head * dims.d_head
     q_start = 0.0 if model.zero_init_q else None
     attn, kept = f"{prefix}.attn", densities(dims)
-    in_attn = functools.partial(_linear, bias=model.bias, density=kept["attn"])
-    in_mlp = functools.partial(_linear, bias=model.bias, density=kept["mlp"])
+    in_attn = functools.partial(_matrix, density=kept["attn"])
+    in_mlp = functools.partial(_matrix, density=kept["mlp"])
     specs = [
         *_norm(f"{prefix}.ln1", d, _shifted(model)),
-        *in_attn(f"{attn}.q", d, heads, constant=q_start),
-        *in_attn(f"{attn}.k", d, kv),
-        *in_attn(f"{attn}.v", d, kv),
-        *in_attn(f"{attn}.o", heads, d, residual_out=True),
+        in_attn(f"{attn}.q", d, heads, constant=q_start),
+        in_attn(f"{attn}.k", d, kv),
+        in_attn(f"{attn}.v", d, kv),
+        in_attn(f"{attn}.o", heads, d, residual_out=True),
     ]
     if model.qk_norm:
         specs += _norm(f"{attn}.q_norm", dims.d_head, False)
         specs += _norm(f"{attn}.k_norm", dims.d_head, False)
     specs += _norm(f"{prefix}.ln2", d, _shifted(model))
     for name in ("gate", "up") if model.gated else ("up",):
-        specs += in_mlp(f"{prefix}.mlp.{name}", d, f)
-    return specs + in_mlp(f"{prefix}.mlp.down", f, d, residual_out=True)
+        specs.append(in_mlp(f"{prefix}.mlp.{name}", d, f))
+    specs.append(in_mlp(f"{prefix}.mlp.down", f, d, residual_out=True))
+    return list(_with_biases(specs)) if model.bias else specs
 
 
 def _shifted(model: GPTConfig) -> bool:
@@ -113,34 +114,25 @@ def _shifted(model: GPTConfig) -> bool:
     return model.bias and model.norm == "layernorm"
 
 
-def _linear(
-    name: str,
-    fan_in: float,
-    fan_out: float,
-    *,
-    bias: bool,
-    density: float,
-    residual_out: bool = False,
-    constant: float | None = None,
-) -> list[ParamSpec]:
-    weight = ParamSpec(
+def _matrix(name: str, fan_in: float, fan_out: float, **more: Any) -> ParamSpec:
+    """The weight of a linear layer inside a block; ``more`` are further fields of its spec."""
+    return ParamSpec(
         name=f"{name}.weight",
         role="hidden",
         shape=(fan_out, fan_in),
         fan_in=fan_in,
         fan_out=fan_out,
-        residual_out=residual_out,
-        constant=constant,
-        density=density,
+        **more,
     )
-    if not bias:
-        return [weight]
-    return [
-        weight,
-        ParamSpec(
-            name=f"{name}.bias", role="bias", shape=(fan_out,), fan_out=fan_out, constant=0.0
-        ),
-    ]
+
+
+def _with_biases(specs: Iterable[ParamSpec]) -> Iterator[ParamSpec]:
+    """Each matrix followed by the bias of its layer."""
+    for spec in specs:
+        yield spec
+        if spec.role == "hidden":
+            name, n = spec.name.removesuffix("weight") + "bias", spec.fan_out
+            yield ParamSpec(name=name, role="bias", shape=(n,), fan_out=n, constant=0.0)
 
 
 def _norm(name: str, d: float, bias: bool) -> list[ParamSpec]:

@@ -11,27 +11,48 @@ A rule says by which power of which quantity a base value is multiplied. The qua
     d_head, 2L   absolute: the target's head width, twice its depth
 
 so ``{"m_in": -0.5}`` reads "divided by the square root of the fan-in ratio". A role that a
-literal does not name keeps the base value. No other code knows an exponent; what a coordinate
-check must find under them is derived in `mupgpt.parametrization.expected_slopes`.
+literal does not name keeps the base value, and a word that is none of a rule's is refused. No other
+code knows an exponent; what a coordinate check must find under them is derived in
+`mupgpt.parametrization.expected_slopes`.
+
+A rule of your own is another literal. This one, µP without its attention, makes of a preset:
+
+>>> from mupgpt.parametrization.table import parametrize
+>>> from mupgpt.resolve import train_config
+>>> mine = Rule(
+...     name="mine", source="Yang et al. 2022 (arXiv 2203.03466, Table 8), attention as ever",
+...     init_std={"hidden": {"m_in": -0.5}}, lr={"hidden": {"m_in": -1}},
+...     forward={"readout": {"m_d": -1}},
+... )
+>>> c = train_config({"model": "cerebras-gpt-13b"})
+>>> row = parametrize(c.model, c.base, c.hparams, mine).site("blocks.*.mlp.up.weight")
+>>> print(f"{row.init_std:.4f} {row.lr:.4f} {row.why}")
+0.0179 0.0003 std ÷√20 (m_in); lr ÷20 (m_in)
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from mupgpt.errors import unknown
+from mupgpt.parametrization.axes import RuleAxis
+from mupgpt.parametrization.grammar import CHECKS
+from mupgpt.parametrization.words import Optimizer, Point, Power, Quantity, Role
 
-__all__ = ["RULES", "Optimizer", "Power", "Rule", "get_rule"]
+__all__ = ["RULES", "Rule", "get_rule"]
 
-Power = Mapping[str, float]
-Optimizer = Literal["adamw", "sgd", "lion", "muon"]
-
-WIDTH = ("width", "ffn ratio", "d_head")
+WIDTH: tuple[RuleAxis, ...] = ("width", "ffn ratio", "d_head")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One parametrization. Each mapping goes from a role (or a forward point) to a `Power`."""
+    """One parametrization. Each mapping goes from a role (or a forward point) to a `Power`.
+
+    Raises `ConfigError` for a word, an exponent or a type that is none of a rule's:
+
+    >>> Rule(name="mine", source="here", lr={"hiden": {"m_in": -1}})
+    Traceback (most recent call last):
+    mupgpt.errors.ConfigError: rule 'mine', lr: unknown role 'hiden'; did you mean 'hidden'?
+    """
 
     name: str
     """Its name in configs and on the command line."""
@@ -40,39 +61,51 @@ class Rule:
     optimizer: Optimizer = "adamw"
     """What turns gradients into steps. ``muon`` is for the matrices inside blocks; embeddings,
     readout, biases and norms stay with AdamW. β₁ is the momentum of ``sgd`` and ``muon``."""
-    init_std: Mapping[str, Power] = field(default_factory=dict)
+    init_std: Mapping[Role, Power] = field(default_factory=dict)
     """Role → power of the initial standard deviation."""
     residual_out_std: Power = field(default_factory=dict)
     """Further power for matrices that write into the residual stream."""
-    lr: Mapping[str, Power] = field(default_factory=dict)
+    lr: Mapping[Role, Power] = field(default_factory=dict)
     """Role → power of the learning rate."""
     block_lr: Power = field(default_factory=dict)
     """Further power of the learning rate of everything inside blocks."""
-    weight_decay: Mapping[str, Power] = field(default_factory=dict)
+    weight_decay: Mapping[Role, Power] = field(default_factory=dict)
     """Role → power of the weight decay λ."""
-    decayed: tuple[str, ...] = ("input", "hidden", "output")
+    decayed: tuple[Role, ...] = ("input", "hidden", "output")
     """Roles that are decayed at all."""
     eps: Power = field(default_factory=dict)
     """Power of Adam's ε, in every group."""
     block_eps: Power = field(default_factory=dict)
     """Further power of ε inside blocks."""
-    forward: Mapping[str, Power] = field(default_factory=dict)
-    """Forward point (``emb attn residual.attn residual.mlp readout``) → power of its multiplier.
-    ``attn`` multiplies q in front of softmax(q·k/√d_head)."""
+    forward: Mapping[Point, Power] = field(default_factory=dict)
+    """Forward point (``emb attn residual.attn residual.mlp readout``) → power of its multiplier,
+    of the model's quantities alone. ``attn`` multiplies q in front of softmax(q·k/√d_head)."""
     truncated: bool = False
     """Normal cut at ±2σ (elements beyond are drawn again), without correcting the std."""
-    covers: tuple[str, ...] = WIDTH
+    covers: tuple[RuleAxis, ...] = WIDTH
     """Axes (``width``, ``ffn ratio``, ``d_head``, ``depth``, ``density``) over which the source
     says that hyperparameters stay; a control covers none."""
-    practice: Mapping[str, str] = field(default_factory=dict)
+    practice: Mapping[RuleAxis, str] = field(default_factory=dict)
     """Axis that no theory of the source covers → what a transfer along it rests on."""
     keeps_decay_time: bool = True
     """Whether lr·λ of a matrix is the same at every width, so that a transfer can keep
     lr·λ·steps by moving λ alone (Wang & Aitchison, arXiv 2405.13698)."""
 
+    def __post_init__(self) -> None:
+        for name, check in CHECKS.items():
+            check(f"rule {self.name!r}, {name}", getattr(self, name))
 
-_GPT2_RESIDUAL = {"2L": -0.5}  # Radford et al. 2019: residual outputs ÷ √(2L)
-_GPT2_DEPTH = {
+    @property
+    def quantities(self) -> set[Quantity]:
+        """Every quantity of which it has some power."""
+        by_name = (self.init_std, self.lr, self.weight_decay, self.forward)
+        powers = [power for powers in by_name for power in powers.values()]
+        powers += [self.residual_out_std, self.block_lr, self.eps, self.block_eps]
+        return {quantity for power in powers for quantity in power}
+
+
+_GPT2_RESIDUAL: Power = {"2L": -0.5}  # Radford et al. 2019: residual outputs ÷ √(2L)
+_GPT2_DEPTH: Mapping[RuleAxis, str] = {
     "depth": "1/√(2L) at initialization alone, as Cerebras-GPT went from 24 to 10…40 layers"
     " (arXiv 2304.03208)"
 }

@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mupgpt.config.schema import Base, GPTConfig, HParams
+from mupgpt.errors import ConfigError, unknown
 from mupgpt.parametrization.layout import ParamSpec, layout
-from mupgpt.parametrization.rules import Optimizer, Power, Rule, get_rule
+from mupgpt.parametrization.rules import Rule, get_rule
+from mupgpt.parametrization.words import MODEL_QUANTITIES, Optimizer, Point, Power
 from mupgpt.util.text import align, number
 
-__all__ = ["POINTS", "Multiplier", "ParamRow", "ParamTable", "parametrize", "parametrize_layout"]
+__all__ = ["Multiplier", "ParamRow", "ParamTable", "parametrize", "parametrize_layout"]
 
-TUNED = {
+TUNED: dict[Point, str] = {
     "emb": "emb_mult",
     "attn": "attn_mult",
     "residual.attn": "residual_mult",
@@ -21,7 +23,6 @@ TUNED = {
     "readout": "output_mult",
 }
 """Point of the forward → the hyperparameter that its multiplier starts from."""
-POINTS = tuple(TUNED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +74,14 @@ class ParamTable:
         return {row.name: row for row in self.params}
 
     def site(self, site: str) -> ParamRow:
-        """The row that all layers at ``site`` share (its name is the first layer's)."""
-        return next(row for row in self.params if row.site == site)
+        """The row that all layers at ``site`` share (its name is the first layer's).
+
+        Raises `ConfigError` for a site that no parameter has, with the nearest one.
+        """
+        for row in self.params:
+            if row.site == site:
+                return row
+        raise unknown("site", site, {row.site for row in self.params})
 
     def sites(self) -> Iterator[tuple[ParamRow, int]]:
         """Each site's row once, with the number of layers that share it."""
@@ -180,12 +187,20 @@ def parametrize_layout(
     hparams: HParams,
     rule: str | Rule,
 ) -> ParamTable:
-    """The table of any layout; ``quantities`` are a rule's global ones (``m_d``, ``2L``, …)."""
+    """The table of any layout: a row for each spec of ``target``, in order.
+
+    ``base`` has every site of ``target`` at the base. ``quantities`` are those of the model, all
+    ratios to the base but for ``d_head`` and ``2L``; one that ``rule`` does not use may be left
+    out. Raises `ConfigError` for a quantity that is unknown or missing, and for an unknown site.
+    """
     rule = get_rule(rule)
+    _check_quantities(quantities, rule)
     by_site = {spec.site: spec for spec in base}
     rows: dict[str, ParamRow] = {}
     params = []
     for spec in target:
+        if spec.site not in by_site:
+            raise unknown("site of the base", spec.site, by_site)
         if spec.site not in rows:
             rows[spec.site] = _row(spec, by_site[spec.site], quantities, hparams, rule)
         site_row = rows[spec.site]
@@ -196,6 +211,15 @@ def parametrize_layout(
         params=tuple(params),
         multipliers=_multipliers(quantities, hparams, rule),
     )
+
+
+def _check_quantities(quantities: Mapping[str, float], rule: Rule) -> None:
+    for name in quantities:
+        if name not in MODEL_QUANTITIES:
+            raise unknown("quantity of the model", name, MODEL_QUANTITIES)
+    for name in MODEL_QUANTITIES:
+        if name in rule.quantities and name not in quantities:
+            raise ConfigError(f"quantities: rule {rule.name!r} needs {name}; give it")
 
 
 def _row(
@@ -256,7 +280,7 @@ def _init_kind(spec: ParamSpec, rule: Rule) -> str:
 def _multipliers(
     quantities: Mapping[str, float], hparams: HParams, rule: Rule
 ) -> dict[str, Multiplier]:
-    table = {}
+    table: dict[str, Multiplier] = {}
     for point, name in TUNED.items():
         power = rule.forward.get(point, {})
         factors = " ".join(_factor(k, e, quantities[k]) for k, e in power.items())

@@ -7,7 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mupgpt.evidence.coordinates import CoordCheck, Slope
+from mupgpt.evidence.coordinate_report import CoordCheck
+from mupgpt.evidence.slopes import Slope
 from mupgpt.report.pictures import COLORS, STYLE, write_picture
 
 __all__ = ["coord_picture"]

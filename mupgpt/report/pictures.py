@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mupgpt.evidence.verdict import Drift, Verdict
+from mupgpt.evidence.drift import Drift
+from mupgpt.evidence.verdict import Verdict
 from mupgpt.tuning.curves import Curve
 
 __all__ = ["COLORS", "STYLE", "verdict_picture", "write_picture"]

@@ -1,7 +1,8 @@
-"""What a process that trains on a CPU asks of torch and of the C library."""
+"""The device that a process trains on, and what it asks there of torch and of the C library."""
 
 import contextlib
 import ctypes
+import os
 import sys
 from contextlib import suppress
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from mupgpt.errors import ConfigError
 
-__all__ = ["compute", "param_dtype", "pick_device", "settle_cpu"]
+__all__ = ["compute", "param_dtype", "pick_device", "settle_cpu", "visible_gpus"]
 
 # Numbers of glibc's malloc.h; 32 MiB is the largest block that every version lets us keep.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -60,3 +61,13 @@ def param_dtype(precision: str, memory: str = "exact") -> torch.dtype:
 def pick_device() -> torch.device:
     """The GPU when there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES says to a process that is to see one GPU alone, for each of ours.
+
+    Where that variable is set already, its own entries (numbers or UUIDs).
+    """
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return named[:count] if any(named) else [str(i) for i in range(count)]

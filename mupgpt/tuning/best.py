@@ -46,7 +46,7 @@ def best_hparams(study: optuna.Study, top: int = 3, seeds: int = 3) -> Tuned:
         raise ConfigError(f"study {study.study_name!r} was not made by mupgpt: it carries no spec")
     spec = parse_spec(attrs["spec"], study.study_name, stored=True)
     cell = Cell(spec, attrs["structure"], attrs.get("only", ""))
-    candidates = finished(study)[:top]
+    candidates = [t for t in finished(study) if "copied_from" not in t.user_attrs][:top]
     if not candidates:
         raise ConfigError(f"study {cell.name!r} has no finished trial that did not diverge")
     fresh = [t.user_attrs["losses"] for t in candidates]
@@ -138,7 +138,8 @@ def _fresh_losses(
     """Losses of each set of values on the first ``seeds`` fresh seeds, trained where not known."""
     keys = [json.dumps(dict(p), sort_keys=True) for p in params]
     known: dict[str, list[float]] = dict(study.user_attrs.get("confirmed", {}))
-    missing = [p for key, p in zip(keys, params, strict=True) if len(known.get(key, [])) < seeds]
+    distinct = dict(zip(keys, params, strict=True))
+    missing = [p for key, p in distinct.items() if len(known.get(key, [])) < seeds]
     if missing:
         fresh = [FRESH_SEED + i for i in range(seeds)]
         losses = _train(study, [cell.config(p, seed) for p in missing for seed in fresh])
@@ -157,15 +158,15 @@ def _train(study: optuna.Study, configs: Sequence[TrainConfig]) -> list[float]:
             "its best trials cannot be confirmed on this one; run the sweep here first, or take "
             "its own losses as they are (seeds = 0)"
         )
-    columns = usual(configs[0])
+    together = usual(configs[0])
     losses: list[float] = []
     with Progress(f"confirm {study.study_name}") as progress:
-        for first in range(0, len(configs), columns):
-            chunk = configs[first : first + columns]
-            population = Population(chunk, corpus)
+        for first in range(0, len(configs), together):
+            group = configs[first : first + together]
+            population = Population(group, corpus)
             for step in range(configs[0].steps):
                 population.train(step + 1)
-                done = len(losses) * configs[0].steps + len(chunk) * (step + 1)
+                done = len(losses) * configs[0].steps + len(group) * (step + 1)
                 progress.update(done, len(configs) * configs[0].steps, "steps")
             losses += population.evaluate().values()
     return [penalized(loss, configs[0].model.vocab_size) for loss in losses]

@@ -1,9 +1,8 @@
-"""How many columns train together: as memory allows, and as a short timing finds."""
+"""How many members train together: as memory allows, and as a short timing finds."""
 
 import itertools
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +16,12 @@ from mupgpt.planning.memory import CHUNK, moments
 from mupgpt.training.device import pick_device
 from mupgpt.training.population import Population
 from mupgpt.tuning.spec import Cell
+from mupgpt.util.host import memory
 
-__all__ = ["Timing", "best_count", "columns_for", "fitting", "time_step", "usual"]
+__all__ = ["Timing", "best_count", "fitting", "members_for", "time_step", "usual"]
 
 TOKENS = {"cpu": 2**13, "cuda": 2**17}
-"""Columns × tokens per step: what still fits a core's share of the L3 cache; what fills a GPU."""
+"""Members × tokens per step: what still fits a core's share of the L3 cache; what fills a GPU."""
 FLOPS = {"cpu": 2e10, "cuda": 2e13}
 """A step of so many gains nothing from company, and the longer a population trains, the more an
 interrupt loses."""
@@ -29,7 +29,7 @@ WARM = {"cpu": 1, "cuda": 5}  # steps before a timing; a GPU's are recorded in t
 STEPS = 2  # that are timed
 TIMED_AT_LEAST = 12  # times the usual count: the least work of timing it, its double and its half
 SHARE = 0.02  # of the work at hand: timing may take no more
-GAIN = 0.2  # more columns a second: less is noise, and a sampler learns later from larger groups
+GAIN = 0.2  # more members a second: less is noise, and a sampler learns later from larger groups
 MISSES = 2  # counts without a gain in a row that end the search in one direction
 MEMORY_SHARE = 0.5  # of the memory: what a plan does not know needs room too
 
@@ -37,14 +37,14 @@ log = logging.getLogger("mupgpt.worker")
 
 
 def usual(config: TrainConfig, processes: int = 1) -> int:
-    """Columns of one population where nothing was timed, on a device that processes share."""
+    """Members of one population where nothing was timed, on a device that processes share."""
     device, tokens = pick_device().type, config.tokens_per_step
     enough = int(FLOPS[device] / tokens / flops_per_token(config.model, "palm"))
     return max(1, min(TOKENS[device] // tokens, enough, fitting(config, processes)))
 
 
 def fitting(config: TrainConfig, processes: int = 1) -> int:
-    """Columns for which there is memory, on a device that processes share."""
+    """Members for which there is memory, on a device that processes share."""
     if pick_device().type == "cpu" and config.precision == "auto":
         config = replace(config, precision="fp32")  # which it is there
     need = max(moment.total for moment in moments(config, "exact", "none"))
@@ -53,16 +53,16 @@ def fitting(config: TrainConfig, processes: int = 1) -> int:
     return max(1, int(MEMORY_SHARE * _memory() / processes / need))
 
 
-def columns_for(
+def members_for(
     cell: Cell, work: float, processes: int = 1, check: Callable[[], None] = lambda: None
 ) -> int:
-    """Columns that a worker trains together, one of ``processes`` beside each other.
+    """Members that a worker trains together, one of ``processes`` that share its device.
 
-    ``work`` is what it has to train, in steps of one column: where that is little, the usual count
+    ``work`` is what it has to train, in steps of one member: where that is little, the usual count
     is taken untimed. ``check()`` is called before each timing.
     """
-    if cell.spec.study.columns:
-        return cell.spec.study.columns
+    if cell.spec.study.members:
+        return cell.spec.study.members
     config = cell.config()
     first = usual(config, processes)
     if TIMED_AT_LEAST * first > SHARE * work or config.steps < WARM[pick_device().type] + STEPS:
@@ -77,7 +77,7 @@ def columns_for(
         return timing
 
     chosen = best_count(measure, first, work, fitting(config, processes))
-    log.info("%s: %d columns together (steps of one column a second by count: %s)",
+    log.info("%s: %d members together (steps of one member a second by count: %s)",
              cell.name, chosen, ", ".join(rates[k] for k in sorted(rates)))  # fmt: skip
     return chosen
 
@@ -91,10 +91,10 @@ class Timing:
 
 
 def best_count(measure: Callable[[int], Timing], first: int, work: float, most: int) -> int:
-    """The count with the most columns a second near ``first``, by doubling or halving it.
+    """The count with the most members a second near ``first``, by doubling or halving it.
 
     It goes no higher than ``most``, and stops where measuring twice as many as before would have
-    taken more than `SHARE` of ``work`` steps of one column.
+    taken more than `SHARE` of ``work`` steps of one member.
 
     >>> def measure(count):  # a step takes as long for 128 as for one
     ...     seconds = max(1.0, count / 128)
@@ -147,8 +147,8 @@ def _now() -> float:
 
 
 def _memory() -> int:
-    """Bytes of the device's memory."""
+    """Bytes of the device's memory, as far as they are ours."""
     device = pick_device()
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory()

@@ -21,6 +21,7 @@ from mupgpt.tuning.space import Dimension
 from mupgpt.tuning.spec import Cell, SweepSpec, load_spec
 from mupgpt.tuning.study import Sweep, trials_of
 from mupgpt.tuning.trial_group import outcome
+from mupgpt.tuning.urls import shown
 
 __all__ = ["Imported", "import_sweep"]
 
@@ -49,7 +50,7 @@ class Imported:
         spec = self.sweep.spec
         lines = [
             f"sweep {spec.name}: {self.rows} rows are {self.trials} trials in {len(spec.cells)} "
-            f"studies ({self.new} new), in {self.sweep.url}",
+            f"studies ({self.new} new), in {shown(self.sweep.url)}",
             "read " + ", ".join(f"{key} from {name!r}" for key, name in self.columns.items()),
         ]
         return "\n".join(lines + [f"note: {line}" for line in self.notes])

@@ -23,6 +23,10 @@ from mupgpt.util.bundled import find_bundled
 __all__ = ["Cell", "StudyConfig", "SweepSpec", "differences", "load_spec", "parse_spec"]
 
 
+RENAMED = {"columns": "members"}
+"""Keys of `StudyConfig` as they once were, in files and in studies, → as they are."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """How a sweep searches."""
@@ -49,7 +53,7 @@ class StudyConfig:
     """How many of each of its studies."""
     each: bool = field(default=False, metadata=decides("result"))
     """Search every dimension alone, in a study of its own, the others at the run's own values."""
-    columns: int = field(default=0, metadata=decides("execution", 0, 10**6))
+    members: int = field(default=0, metadata=decides("execution", 0, 10**6))
     """Runs that train as one population (0: as memory allows and a short timing finds)."""
     sampler_seed: int = field(default=0, metadata=decides("result", 0, 2**32 - 1))
     """Seed of the sampler."""
@@ -101,7 +105,7 @@ class SweepSpec:
 
     @property
     def identity(self) -> str:
-        """A hash of all that decides a trial's result; budget and columns are not part of it."""
+        """A hash of all that decides a trial's result; budget and group size are not part of it."""
         data, usual = self.to_dict(), to_dict(StudyConfig())
         # A key that a later version adds leaves the sweeps before it what they are.
         data["study"] = {k: data["study"][k] for k in DECIDING if data["study"][k] != usual[k]}
@@ -150,7 +154,7 @@ class Cell:
         return SearchSpace({self.only: space[self.only]} if self.only else space)
 
     def config(self, params: Mapping[str, Any] | None = None, seed: int = 0) -> TrainConfig:
-        """The run of one column: this cell with the searched values and a seed."""
+        """The run of one member: this cell with the searched values and a seed."""
         raw: dict[str, Any] = dict(self.spec.train)
         for key, value in {**self.values, **(params or {}), "seed": seed}.items():
             raw = put(raw, key, value)
@@ -204,13 +208,24 @@ def parse_spec(raw: Mapping[str, Any], origin: str, stored: bool = False) -> Swe
     no effect: its trials are none the worse for it.
     """
     try:
-        spec = from_dict(SweepSpec, _flat(dict(raw)))
+        spec = from_dict(SweepSpec, _flat(_renamed(raw)))
         _check(spec)
         if not stored:
             _check_effect(spec)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
     return spec
+
+
+def _renamed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec with today's keys, where it has old ones."""
+    study = raw.get("study", {})
+    if not isinstance(study, Mapping):
+        return dict(raw)
+    for old, new in RENAMED.items():
+        if old in study and new in study:
+            raise ConfigError(f"study.{old} = {study[old]!r}: is study.{new} by now; leave one")
+    return {**raw, "study": {RENAMED.get(key, key): value for key, value in study.items()}}
 
 
 def _flat(raw: dict[str, Any]) -> dict[str, Any]:

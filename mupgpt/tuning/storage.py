@@ -1,21 +1,19 @@
 """Optuna's own storages, opened for sweeps: with heartbeats, and patient with their database."""
 
+import abc
 import functools
-import logging
-import random
 import sqlite3
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, RDBStorage
-from optuna.trial import FrozenTrial
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.storages._heartbeat import BaseHeartbeat  # by it Optuna knows who has heartbeats
 from sqlalchemy import event
 from sqlalchemy.exc import (
     IntegrityError,
@@ -24,150 +22,159 @@ from sqlalchemy.exc import (
     PendingRollbackError,
     ProgrammingError,
 )
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_exponential,
+    wait_random_exponential,
+)
 
 from mupgpt.errors import ConfigError
+from mupgpt.tuning.retry import retry_after_death
+from mupgpt.tuning.urls import journal_file, shown, sqlite_file, unsaid
 
-__all__ = [
-    "MAX_RETRY",
-    "MISSED_BEATS",
-    "PatientStorage",
-    "close_storage",
-    "default_url",
-    "open_storage",
-    "queue_again",
-    "quiet",
-    "retry_after_death",
-    "study_attrs",
-]
+__all__ = ["MISSED_BEATS", "PatientStorage", "close_storage", "open_storage", "quiet",
+           "study_attrs"]  # fmt: skip
 
-MAX_RETRY = 2  # times that a trial is queued again after its worker died
 MISSED_BEATS = 6  # so many heartbeats late, a trial is given to another worker
 PATIENCE_S = 60.0  # how long a database may be away
 # The last: a query in a transaction that an earlier one has lost, as Optuna's second way to read
 # trials is.
-_AWAY = (OperationalError, InterfaceError, PendingRollbackError)
-
-log = logging.getLogger("mupgpt.worker")
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+AWAY = (OperationalError, InterfaceError, PendingRollbackError)
+HALF_MADE = (IntegrityError, ProgrammingError, StorageInternalError)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings about heartbeats outside ``Study.optimize``: the worker sends them itself."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Hh]eartbeat.*")
-        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        yield
+    """Optuna without its news, and without warnings of heartbeats outside ``Study.optimize``: the
+    worker sends them itself."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*[Hh]eartbeat.*")
+            warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
-def default_url(folder: Path) -> str:
-    """The SQLite database of a sweep's folder."""
-    return f"sqlite:///{folder / 'study.db'}"
+def _is_away(error: BaseException) -> bool:
+    return isinstance(error.__cause__ if isinstance(error, StorageInternalError) else error, AWAY)
 
 
-def _patient(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call, made again while the database is away, for up to a minute.
+def _say_waiting(state: RetryCallState) -> None:
+    if state.upcoming_sleep > 1:
+        print("the sweep's database does not answer; waiting", file=sys.stderr)
+
+
+_patiently = Retrying(
+    retry=retry_if_exception(_is_away),
+    stop=stop_before_delay(PATIENCE_S),
+    wait=wait_exponential(multiplier=0.1, max=5.0),
+    before_sleep=_say_waiting,
+    reraise=True,
+)
+
+
+def _patient(name: str) -> Callable[..., Any]:
+    original = getattr(BaseStorage, name, None) or getattr(BaseHeartbeat, name)
+
+    @functools.wraps(original, updated=())  # but for its mark of being abstract
+    def call(self: "PatientStorage", *args: Any, **kwargs: Any) -> Any:
+        return _patiently(getattr(self.cached, name), *args, **kwargs)
+
+    return call
+
+
+def _forwarding(cls: type) -> type:
+    """A class decorator: what the bases leave open is asked of ``self.cached``, patiently."""
+    for name in cls.__abstractmethods__:
+        setattr(cls, name, _patient(name))
+    return abc.update_abstractmethods(cls)
+
+
+@_forwarding
+class PatientStorage(BaseStorage, BaseHeartbeat):
+    """Optuna's database storage and its cache, whose calls outlast a minute without the database.
 
     Every call may be repeated, even if it was its answer that got lost: a trial that was created
     or popped twice is found to be surplus by its worker, or has no heartbeat and is taken back.
     """
 
-    @functools.wraps(call)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        pause, deadline = 0.1, time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return call(*args, **kwargs)
-            except (*_AWAY, StorageInternalError) as error:
-                cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-                if not isinstance(cause, _AWAY) or time.monotonic() + pause > deadline:
-                    raise
-                if pause > 1:
-                    print("the sweep's database does not answer; waiting", file=sys.stderr)
-                time.sleep(pause)
-                pause = min(2 * pause, 5.0)
-
-    return wrapped
-
-
-class PatientStorage(RDBStorage):
-    """Optuna's database storage whose calls outlast a minute without the database."""
-
-
-_BEHIND_THE_CACHE = ("_create_new_trial", "_get_best_trial_id", "_get_stale_trial_ids",
-                     "_get_trials", "_set_trial_param", "record_heartbeat")  # fmt: skip
-for _name in (*BaseStorage.__abstractmethods__, *_BEHIND_THE_CACHE):
-    setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
+    def __init__(self, database: RDBStorage) -> None:
+        self.database = database
+        self.cached = get_storage(database)
 
 
 def open_storage(url: str, heartbeat: int = 10) -> BaseStorage:
-    """Optuna's storage at ``url``, with heartbeats where a database gives them.
+    """Optuna's storage at ``url``, with heartbeats (seconds apart) where a database gives them.
 
     ``journal:PATH`` opens Optuna's journal file: accepted, but it has no heartbeat (the trials of a
-    killed worker stay RUNNING), and a torn append can make the study unreadable.
+    killed worker stay RUNNING), and a torn append can make the study unreadable. Raises ConfigError
+    for what cannot be opened.
     """
-    if url.startswith("journal:"):
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-
-        try:
-            return JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
-        except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"cannot read journal {url!r}: {error}") from error
-    sqlite = url.startswith("sqlite:///")
-    options = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
+    if file := journal_file(url):
+        return _open_journal(file)
     try:
-        if sqlite:
-            # Readers and the writer do not wait for each other; kept in the file.
-            with sqlite3.connect(url.removeprefix("sqlite:///"), timeout=60) as database:
-                database.execute("PRAGMA journal_mode=WAL")
-            database.close()
-        with quiet():
-            storage = _connect(url, options, heartbeat)
-        if sqlite:
-            event.listen(storage.engine, "connect", _no_waiting_for_the_disk)
-            storage.engine.dispose()
-        return storage
-    except Exception as error:
-        raise ConfigError(f"cannot open storage {url!r}: {_reason(error)}") from error
+        # pyrefly: ignore[bad-instantiation]  # the decorator has filled what it holds abstract
+        return PatientStorage(_open_database(url, heartbeat))
+    except Exception as error:  # each driver has errors of its own
+        reason = unsaid(str(error), url)
+        if isinstance(error, ModuleNotFoundError):
+            reason += "; PostgreSQL needs: pip install 'mupgpt[postgresql]'"
+        raise ConfigError(f"cannot open storage {shown(url)!r}: {reason}") from None
 
 
-def queue_again(study: optuna.Study, trial: FrozenTrial, deaths: int) -> None:
-    """Queue what was begun and given up, with its values as far as they were chosen."""
-    params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-    study.enqueue_trial(params, user_attrs={"queued": True, "deaths": deaths})
+def _open_journal(file: Path) -> BaseStorage:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    try:
+        return JournalStorage(JournalFileBackend(str(file)))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"cannot read journal '{file}': {error}") from error
 
 
-def retry_after_death(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Queue the trial of a dead worker again, unless too many have died on it."""
-    deaths = 1 + trial.user_attrs.get("deaths", 0)
-    if deaths <= MAX_RETRY:
-        queue_again(study, trial, deaths)
-    else:
-        log.warning("%s trial %d: %d workers died on it; it is given up",
-                    study.study_name, trial.number, deaths)  # fmt: skip
+def _open_database(url: str, heartbeat: int) -> RDBStorage:
+    file = sqlite_file(url)
+    if file is None:
+        return _connect(url, {"pool_pre_ping": True}, heartbeat, HALF_MADE)
+    # Readers and the writer do not wait for each other; kept in the file.
+    with closing(sqlite3.connect(file, timeout=60)) as database:
+        database.execute("PRAGMA journal_mode=WAL")
+    # SQLite's way to say that a table is there already is an OperationalError; a server's way to
+    # say that it is not there itself, which no second attempt mends.
+    busy = (*HALF_MADE, OperationalError)
+    storage = _connect(url, {"connect_args": {"timeout": 60}}, heartbeat, busy)
+    event.listen(storage.engine, "connect", _no_waiting_for_the_disk)
+    storage.engine.dispose()
+    return storage
 
 
-def _connect(url: str, options: dict[str, Any], heartbeat: int) -> PatientStorage:
+def _connect(
+    url: str, options: dict[str, Any], heartbeat: int, half_made: tuple[type[Exception], ...]
+) -> RDBStorage:
     """The storage; tried again where another process makes the same tables at the same moment."""
-    connect = functools.partial(
-        PatientStorage,
-        url,
-        engine_kwargs=options,
-        heartbeat_interval=heartbeat,
-        grace_period=MISSED_BEATS * heartbeat,
-        heartbeat_stale_trial_callback=retry_after_death,
+    again = Retrying(
+        retry=retry_if_exception_type(half_made),
+        stop=stop_after_attempt(5),
+        wait=wait_random_exponential(multiplier=0.4, max=6.0),
+        reraise=True,
     )
-    for attempt in range(4):
-        try:
-            return connect()
-        except (IntegrityError, ProgrammingError, StorageInternalError):
-            pass
-        except OperationalError as error:  # what SQLite calls it
-            if "already exists" not in str(error):
-                raise
-        time.sleep(0.2 * 2**attempt * (1 + random.random()))
-    return connect()
+    with quiet():
+        return again(
+            RDBStorage,
+            url,
+            engine_kwargs=options,
+            heartbeat_interval=heartbeat,
+            grace_period=MISSED_BEATS * heartbeat,
+            heartbeat_stale_trial_callback=retry_after_death,
+        )
 
 
 def _no_waiting_for_the_disk(connection: sqlite3.Connection, _record: Any) -> None:
@@ -186,12 +193,6 @@ def study_attrs(url: str) -> list[dict[str, Any]]:
 
 def close_storage(storage: BaseStorage) -> None:
     """Close every connection of a storage; the next call opens a new one."""
-    if isinstance(storage, RDBStorage):
-        storage.remove_session()
-        storage.engine.dispose()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error}; PostgreSQL needs: pip install 'mupgpt[postgresql]'"
-    return str(error)
+    if isinstance(storage, PatientStorage):
+        storage.database.remove_session()
+        storage.database.engine.dispose()

@@ -1,21 +1,22 @@
 """A sweep's studies in Optuna's own storage: create, open, count, and read the best."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, get_storage
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from mupgpt.data.corpus import load_corpus
 from mupgpt.errors import ConfigError
 from mupgpt.training.device import compute, pick_device
-from mupgpt.tuning.samplers import make_sampler
+from mupgpt.tuning.samplers import SamplerFactory, make_sampler, sampler_name
 from mupgpt.tuning.spec import Cell, SweepSpec, differences, parse_spec
-from mupgpt.tuning.storage import close_storage, default_url, open_storage, study_attrs
+from mupgpt.tuning.storage import close_storage, open_storage, quiet, study_attrs
+from mupgpt.tuning.urls import default_url, given_url, journal_file, shown, sqlite_file
 
 __all__ = ["DONE", "Sweep", "earlier_sweep", "finished", "penalized", "trials_of"]
 
@@ -31,39 +32,50 @@ class Sweep:
     """The studies of one spec in one storage."""
 
     spec: SweepSpec
-    url: str
+    url: str = field(repr=False)
+    sampler: SamplerFactory | None = None
+    """A sampler of the user's own, instead of the spec's."""
 
     @classmethod
     def create(
-        cls, spec: SweepSpec, url: str | None = None, corpus: dict[str, Any] | None = None
+        cls,
+        spec: SweepSpec,
+        url: str | None = None,
+        corpus: dict[str, Any] | None = None,
+        sampler: SamplerFactory | None = None,
     ) -> "Sweep":
         """The sweep of ``spec``, created or joined; another spec of the same name is refused.
 
         ``corpus`` is the fingerprint of what trials from elsewhere saw; by default it is that of
         the spec's own data, on which they are going to be trained here.
         """
-        sweep = cls(spec, url or default_url(RUNS / "sweeps" / spec.name))
+        url = given_url(url) or default_url(RUNS / "sweeps" / spec.name)
+        sweep = cls(spec, url, sampler)
         sweep.folder.mkdir(parents=True, exist_ok=True)
         fingerprint = corpus or _trainable(spec)
-        for cell in spec.cells:
-            sweep._create_study(cell, fingerprint)
+        with quiet():
+            for cell in spec.cells:
+                sweep._create_study(cell, fingerprint)
         return sweep
 
     @classmethod
     def open(cls, name: str, url: str | None = None) -> "Sweep":
         """The sweep that was run under ``name`` (or in that folder, or in the storage ``url``)."""
+        url = given_url(url)
         folder = Path(name) if (Path(name) / "study.db").is_file() else RUNS / "sweeps" / name
         if url is None and not (folder / "study.db").is_file():
             raise ConfigError(f"no sweep {name!r} here; start it with: mupgpt sweep run {name}")
         by_folder, url = url is None, url or default_url(folder)
-        path = Path(url.partition(":///")[2] or url.partition(":")[2])
-        if url.startswith(("sqlite", "journal:")) and not path.is_file():
-            raise ConfigError(f"no sweep {name!r}: there is no file {path}")
+        file = sqlite_file(url) or journal_file(url)
+        if file and not file.is_file():
+            raise ConfigError(f"no sweep {name!r}: there is no file {file}")
         specs = [attrs["spec"] for attrs in study_attrs(url) if "spec" in attrs]
         for raw in specs:
             if raw["name"] in (name, folder.name) or (by_folder and len(specs) == 1):
-                return cls(parse_spec(raw, url, stored=True), url)
-        raise ConfigError(f"no sweep {name!r} in {url}; `optuna studies` lists what it holds")
+                return cls(parse_spec(raw, shown(url), stored=True), url)
+        raise ConfigError(
+            f"no sweep {name!r} in {shown(url)}; `optuna studies` lists what it holds"
+        )
 
     @property
     def folder(self) -> Path:
@@ -71,22 +83,22 @@ class Sweep:
         return RUNS / "sweeps" / self.spec.name
 
     @cached_property
-    def backend(self) -> BaseStorage:
-        """The storage itself, opened once per process; heartbeats go there."""
+    def storage(self) -> BaseStorage:
+        """The storage, opened once per process; it reads a finished trial only once."""
         return open_storage(self.url, self.spec.study.heartbeat)
 
-    @cached_property
-    def storage(self) -> BaseStorage:
-        """The storage behind Optuna's cache, which reads a finished trial only once."""
-        return get_storage(self.backend)
+    @property
+    def is_local(self) -> bool:
+        """Whether it is kept in an SQLite file of this machine, as it is by default."""
+        return sqlite_file(self.url) is not None
 
     def close(self) -> None:
         """Close the connections to the database, as a long-lived process does after looking."""
-        close_storage(self.backend)
+        close_storage(self.storage)
 
     def study(self, cell: Cell, salt: str = "") -> optuna.Study:
         """The study of ``cell``; a worker that asks gives its sampler a ``salt`` of its own."""
-        sampler = make_sampler(self.spec.study, salt)
+        sampler = make_sampler(self.spec.study, salt, self.sampler)
         return optuna.load_study(study_name=cell.name, storage=self.storage, sampler=sampler)
 
     def studies(self) -> dict[str, optuna.Study]:
@@ -122,7 +134,7 @@ class Sweep:
             study.set_user_attr("identity", self.spec.identity)
         elif changed := differences(attrs["spec"], self.spec.to_dict()):
             raise ConfigError(
-                f"study {cell.name!r} in {self.url} belongs to another spec "
+                f"study {cell.name!r} in {shown(self.url)} belongs to another spec "
                 f"({changed[0]}); "
                 "rename this one (name = …), or move the old folder away"
             )
@@ -133,12 +145,14 @@ class Sweep:
                 f"{fingerprint['sha256'][:12]}): losses would not compare; use another name"
             )
         study.set_user_attr("spec", self.spec.to_dict())
+        if self.sampler is not None:
+            study.set_user_attr("sampler", sampler_name(self.sampler))
 
 
 def earlier_sweep(spec: SweepSpec, url: str | None) -> Sweep:
     """The sweep from which ``spec`` starts warm: in the same database server, or in its folder."""
-    server = url is not None and not url.startswith("sqlite")
-    return Sweep.open(spec.study.warm_start, url if server else None)
+    is_server = url is not None and sqlite_file(url) is None
+    return Sweep.open(spec.study.warm_start, url if is_server else None)
 
 
 def _trainable(spec: SweepSpec) -> dict[str, Any]:

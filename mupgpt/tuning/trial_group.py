@@ -10,20 +10,26 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
+from mupgpt.config.schema import TrainConfig
 from mupgpt.data.corpus import Corpus
 from mupgpt.training.population import Population
 from mupgpt.tuning.pruning import passing, rung_steps
 from mupgpt.tuning.spec import Cell
 from mupgpt.tuning.study import penalized
 
-__all__ = ["Chunk", "outcome"]
+__all__ = ["Point", "TrialGroup", "has_outcome", "outcome", "point_of", "tell_again"]
+
+Point = tuple[tuple[str, Any], ...]
+"""A trial's searched values, as a key."""
+
+FACTS = ("diverged", "losses", "seconds")
 
 log = logging.getLogger("mupgpt.worker")
 
 
-class Chunk:
+class TrialGroup:
     """A worker's trials of one cell, from their first step to what the study is told.
 
     ``trials`` are those in hand: who is stopped at a rung or has finished leaves it, and `begin`
@@ -36,6 +42,7 @@ class Chunk:
         self._config, self._search = cell.config(), cell.spec.study
         self._ends = [*rung_steps(self._search, self._config.steps), self._config.steps]
         self._members: dict[int, list[int]] = {}  # trial number → its members
+        self._points: dict[int, Point] = {}
         self._seconds: dict[int, float] = {}
         self._population: Population | None = None
 
@@ -47,24 +54,41 @@ class Chunk:
         seeds = len(self._search.seeds)
         return len(self._population.members) // seeds - len(self.trials)
 
-    def begin(self, trials: Sequence[optuna.Trial]) -> None:
-        """Start these trials, the first ones or in free places; places left over are given up."""
+    @property
+    def points(self) -> set[Point]:
+        """The values of the trials in hand."""
+        return {self._points[t.number] for t in self.trials}
+
+    def begin(self, trials: Sequence[optuna.Trial]) -> list[optuna.Trial]:
+        """Start these trials, the first ones or in free places; places left over are given up.
+
+        Returns those for which there was no place.
+        """
+        fit = len(trials) if self._population is None else self.free
+        started, rest = list(trials[:fit]), list(trials[fit:])
         seeds = self._search.seeds
-        configs = [self._cell.config(t.params, seed) for t in trials for seed in seeds]
-        kept = [m for t in self.trials for m in self._members[t.number]]
-        in_hand = set(kept)
-        if self._population is None:
-            self._population = Population(configs, self._corpus)
-            members = self._population.members
-        else:
-            places = [m for m in self._population.members if m not in in_hand]
-            places = places[: len(configs)]
-            members = self._population.replace(places, configs) if configs else []
-            self._population.keep([*kept, *members])
-        for i, trial in enumerate(trials):
+        points = [point_of(t) for t in started]
+        members = self._place([self._cell.config(dict(p), s) for p in points for s in seeds])
+        for i, (trial, point) in enumerate(zip(started, points, strict=True)):
             self._members[trial.number] = members[i * len(seeds) : (i + 1) * len(seeds)]
+            self._points[trial.number] = point
             self._seconds[trial.number] = 0.0
-        self.trials += trials
+        self.trials += started
+        return rest
+
+    def _place(self, configs: Sequence[TrainConfig]) -> list[int]:
+        """The members that these runs are from now on."""
+        kept = [m for t in self.trials for m in self._members[t.number]]
+        if self._population is None:
+            if configs:
+                self._population = Population(configs, self._corpus)
+            return list(self._population.members) if self._population else []
+        in_hand = set(kept)
+        places = [m for m in self._population.members if m not in in_hand][: len(configs)]
+        members = self._population.replace(places, configs) if configs else []
+        if kept or members:
+            self._population.keep([*kept, *members])
+        return members
 
     def advance(self, check: Callable[[], None]) -> None:
         """Train until the first trial stands at a rung or at its end; ``check()`` at every step."""
@@ -140,6 +164,34 @@ def outcome(losses: Sequence[float], vocab_size: int) -> tuple[float, dict[str, 
         "diverged": value == penalized(math.nan, vocab_size),
         "losses": [penalized(loss, vocab_size) for loss in losses],
     }
+
+
+def point_of(trial: optuna.Trial | FrozenTrial) -> Point:
+    """The values that make a trial what it is: seeds and data are those of all its study."""
+    return tuple(sorted(trial.params.items()))
+
+
+def has_outcome(trial: FrozenTrial) -> bool:
+    """Whether a finished trial says all that `tell_again` tells."""
+    return "losses" in trial.user_attrs or bool(trial.intermediate_values)
+
+
+def tell_again(study: optuna.Study, trial: optuna.Trial, twin: FrozenTrial) -> None:
+    """Tell of ``trial`` what a finished one with the same values came to.
+
+    Trained again it would come to the same, bit for bit. Its user attribute ``copied_from`` is the
+    number of the one that was trained.
+    """
+    facts = {key: twin.user_attrs[key] for key in FACTS if key in twin.user_attrs}
+    with _unless_taken(trial):
+        for step, loss in twin.intermediate_values.items():
+            trial.report(loss, step)
+        for name, value in twin.constraints.items():
+            trial.set_constraint(name, value)
+        for key, fact in {**facts, "copied_from": twin.number}.items():
+            trial.set_user_attr(key, fact)
+        value = twin.value if twin.state == TrialState.COMPLETE else None
+        study.tell(trial, value, state=twin.state)
 
 
 @contextmanager

@@ -1,340 +1,181 @@
-"""A worker: an independent process that takes queued trials, trains them together, and tells.
+"""A worker: an independent process that takes queued trials, trains them together, and tells."""
 
-A worker asks for what the budget lacks, counts again, and drops what it has too much, so no number
-of workers overshoots. What was begun and not finished is queued for the next one: by a worker that
-is stopped, or, when it died, by whoever misses its heartbeat.
-"""
-
-import fcntl
 import logging
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import optuna
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, RDBStorage, fail_stale_trials
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from mupgpt.data.corpus import load_corpus
 from mupgpt.training.device import settle_cpu
-from mupgpt.tuning.group_size import columns_for
+from mupgpt.tuning.group_size import members_for
+from mupgpt.tuning.samplers import find_sampler
 from mupgpt.tuning.spec import Cell
-from mupgpt.tuning.storage import MISSED_BEATS, queue_again, quiet, retry_after_death
-from mupgpt.tuning.study import DONE, Sweep, earlier_sweep, finished, trials_of
-from mupgpt.tuning.trial_group import Chunk
-from mupgpt.util.stopping import stop_flag
+from mupgpt.tuning.storage import PatientStorage
+from mupgpt.tuning.study import Sweep
+from mupgpt.tuning.trial_group import TrialGroup, point_of, tell_again
+from mupgpt.tuning.trial_queue import TrialQueue
+from mupgpt.util.stopping import STOPPED, Stop, stop_flag
 
-__all__ = ["fill", "work"]
+__all__ = ["Seat", "Worker", "work"]
 
 POLL_S = 1.0
-log = logging.getLogger("mupgpt.worker")
 
 
-def fill(sweep: Sweep) -> None:
-    """Queue what is known before anything is sampled: a grid's points; else the run as it stands,
-    so that a sweep cannot end up worse than what it began with, and an earlier sweep's best."""
-    for cell in sweep.spec.cells:
-        study = sweep.study(cell)
-        reclaim(sweep, study)
-        if sweep.spec.study.sampler == "grid":
-            _queue_points(sweep, study, cell, cell.search_space.grid(cell.center()))
-        elif not trials_of(sweep.storage, cell.name):
-            for params in (_default(sweep, cell), *_earlier(sweep, cell)):
-                if params:
-                    study.enqueue_trial(params, skip_if_exists=True)
-        _drop_doubles(sweep, study)
+@dataclass(frozen=True)
+class Seat:
+    """Which one a worker is of those that were started together."""
+
+    number: int = 0
+    workers: int = 1
+    sharing: int = 1
+    """So many of them train on the same device and share its memory."""
 
 
-def _queue_points(
-    sweep: Sweep, study: optuna.Study, cell: Cell, points: Sequence[dict[str, float]]
-) -> None:
-    """Queue those points of a grid that it lacks."""
-    trials = trials_of(sweep.storage, cell.name)
-    known = [{**t.system_attrs.get("fixed_params", {}), **t.params} for t in trials]
-    for point in points:
-        if point not in known:
-            study.enqueue_trial(point, user_attrs={"queued": True})
-
-
-def _drop_doubles(sweep: Sweep, study: optuna.Study) -> None:
-    """Of what two machines queued at the same moment, leave the first by number."""
-    seen: list[dict[str, Any]] = []
-    for trial in study.get_trials(deepcopy=False):
-        fixed = trial.system_attrs.get("fixed_params")
-        if not fixed or trial.state == TrialState.FAIL:
-            continue
-        if fixed in seen and trial.state == TrialState.WAITING:
-            _give_up(sweep, trial)
-        seen.append(fixed)
-
-
-def _give_up(sweep: Sweep, trial: FrozenTrial) -> bool:
-    """Whether it was this call that ended the trial; another worker may be quicker."""
-    try:
-        return sweep.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-    except UpdateFinishedTrialError:
-        return False
-
-
-def reclaim(sweep: Sweep, study: optuna.Study) -> None:
-    """Put the trials of dead workers back into the queue.
-
-    A worker of this machine is dead when its process is gone; one of another machine when its
-    heartbeat has been missing for long enough, which Optuna itself sees to.
-    """
-    grace = timedelta(seconds=MISSED_BEATS * sweep.spec.study.heartbeat)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _is_dead(trial, grace) and _give_up(sweep, trial):
-            retry_after_death(study, trial)
-    with quiet():
-        fail_stale_trials(study)
-
-
-def _is_dead(trial: FrozenTrial, grace: timedelta) -> bool:
-    """Whether a running trial's worker is gone, or it died before it could say who it is."""
-    host, _, pid = trial.user_attrs.get("worker", "").rpartition(":")
-    if not pid:
-        started = trial.datetime_start
-        return started is not None and datetime.now() - started > grace
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # the number is another user's by now; the heartbeat will tell
-        return False
-    return False
-
-
-def _default(sweep: Sweep, cell: Cell) -> dict[str, float]:
-    """The run's own values, where they lie inside the space."""
-    return _inside(cell, cell.center())
-
-
-def _earlier(sweep: Sweep, cell: Cell) -> list[dict[str, float]]:
-    """The best of each study of the sweep that this one starts from."""
-    config = sweep.spec.study
-    if not config.warm_start:
-        return []
-    studies = earlier_sweep(sweep.spec, sweep.url).studies().values()
-    return [_inside(cell, t.params) for s in studies for t in finished(s)[: config.warm_top]]
-
-
-def _inside(cell: Cell, params: Mapping[str, float]) -> dict[str, float]:
-    """Those values that are searched and lie in the space; what it lacks is sampled."""
-    space = cell.search_space.dimensions
-    return {
-        key: params[key]
-        for key, d in space.items()
-        if key in params
-        and (params[key] in d.values if d.values else d.low <= params[key] <= d.high)
-    }
+ALONE = Seat()
 
 
 def work(
-    sweep: Sweep,
-    worker: int = 0,
-    workers: int = 1,
-    stop: Callable[[], bool] = lambda: False,
+    sweep: Sweep, when: Callable[[], bool] = lambda: False, tell: Callable[[], None] = lambda: None
 ) -> None:
-    """Take and train queued trials until none is left anywhere, or until ``stop()``.
-
-    This is worker number ``worker`` of ``workers`` beside each other. When it is stopped it puts
-    the trials in hand back into the queue and raises `KeyboardInterrupt`; a signal asks for that,
-    and is heard between steps alone, so that no trial is lost halfway through a transaction.
-    """
+    """Be the one worker, in this process: until nothing is left anywhere, or ``when()`` holds."""
     settle_cpu()
-    with stop_flag() as asked:
-        _work(sweep, worker, workers, lambda: asked.is_set() or stop())
+    with stop_flag(when) as stop:
+        Worker(sweep, stop, ALONE, tell).run()
 
 
-def _work(sweep: Sweep, worker: int, workers: int, stop: Callable[[], bool]) -> None:
-    first = worker % len(sweep.spec.cells)
-    cells = sweep.spec.cells[first:] + sweep.spec.cells[:first]
-    studies = {cell.name: sweep.study(cell, _salt(sweep, cell, workers)) for cell in cells}
-    rooms: dict[str, int] = {}
-    while True:
-        took = 0
-        for cell in cells:
-            room = _room(sweep, cell, workers, stop, rooms)
-            took += _work_cell(sweep, studies[cell.name], cell, workers, room, stop)
-        if not took:
-            if not _anyone_running(sweep):
-                return
-            _check(stop)
-            time.sleep(POLL_S)
+class Worker:
+    """Takes trials of a sweep, trains those of one study together, and tells what came out.
+
+    It looks at ``stop`` between steps alone, so that no trial is lost halfway through a
+    transaction: then the trials in hand go back into the queue. ``tell()`` is called there too, to
+    say how far the sweep is.
+    """
+
+    def __init__(
+        self, sweep: Sweep, stop: Stop, seat: Seat = ALONE, tell: Callable[[], None] = lambda: None
+    ) -> None:
+        self._sweep, self._stop, self._seat, self._tell = sweep, stop, seat, tell
+        first = seat.number % len(sweep.spec.cells)
+        cells = sweep.spec.cells[first:] + sweep.spec.cells[:first]
+        self._queues = [TrialQueue(sweep, cell, _salt(sweep, cell, seat)) for cell in cells]
+        self._rooms: dict[str, int] = {}  # study → trials that train together
+        self._taken: list[optuna.Trial] = []  # and not in training
+        self._group: TrialGroup | None = None
+
+    def run(self) -> None:
+        """Train until no trial is left anywhere; raise KeyboardInterrupt when asked to stop."""
+        while True:
+            served = [self._serve(queue) for queue in self._queues]
+            if not any(served):
+                busy = [queue.is_busy() for queue in self._queues]
+                if not any(busy):
+                    return
+                self._pause()
+                time.sleep(POLL_S)
+
+    def _serve(self, queue: TrialQueue) -> bool:
+        """Train trials of one study to their ends; False when there was nothing to take."""
+        self._pause()
+        room = self._room(queue)
+        if not room:
+            return queue.extend()
+        self._group = TrialGroup(queue.study, queue.cell, load_corpus(queue.cell.config().data))
+        try:
+            with _heartbeat(self._sweep.storage, self._in_hand):
+                self._take(queue, room)
+                if not self._taken:  # others were quicker
+                    return False
+                self._train(queue, self._group)
+        except BaseException:
+            queue.give_back(self._in_hand())
+            raise
+        finally:
+            self._taken, self._group = [], None
+        return True
+
+    def _room(self, queue: TrialQueue) -> int:
+        """Trials of a study that train together in this process; 0 when none is left to begin."""
+        left, name = queue.left, queue.cell.name
+        if left and name not in self._rooms:
+            seeds, steps = len(self._sweep.spec.study.seeds), queue.cell.config().steps
+            steps_here = left * seeds * steps / self._seat.workers
+            members = members_for(queue.cell, steps_here, self._seat.sharing, self._pause)
+            self._rooms[name] = max(1, members // seeds)
+        return self._rooms[name] if left else 0
+
+    def _take(self, queue: TrialQueue, room: int) -> None:
+        """Ask for this worker's part of what is left, as far as there is room."""
+        with queue.turn():
+            for _ in range(min(room, -(-queue.left // self._seat.workers))):
+                self._pause()
+                if trial := queue.ask():
+                    self._taken.append(trial)
+                    _beat(self._sweep.storage, [trial])
+                    queue.sign(trial)
+
+    def _train(self, queue: TrialQueue, group: TrialGroup) -> None:
+        """Train to the last trial's end; others take the places of those that are stopped early."""
+        self._begin(queue, group)
+        while group.trials:
+            group.advance(self._pause)
+            group.settle()
+            if group.trials and group.free:
+                self._take(queue, group.free)
+            self._begin(queue, group)
+        queue.give_back(self._taken)  # they waited for trials that another worker has by now
+
+    def _begin(self, queue: TrialQueue, group: TrialGroup) -> None:
+        """Start what is new. What repeats a finished trial is told its value; what repeats one in
+        training waits for it."""
+        finished, training = queue.finished(), group.points
+        new: list[optuna.Trial] = []
+        waiting: list[optuna.Trial] = []
+        for trial in self._taken:
+            point = point_of(trial)
+            if point in finished:
+                tell_again(queue.study, trial, finished[point])
+            elif point in training:
+                waiting.append(trial)
+            else:
+                training.add(point)
+                new.append(trial)
+        self._taken = waiting + group.begin(new)
+
+    def _in_hand(self) -> list[optuna.Trial]:
+        return [*(self._group.trials if self._group else ()), *self._taken]
+
+    def _pause(self) -> None:
+        """Where nothing is lost: show how far the sweep is, and stop if asked to."""
+        self._tell()
+        self._stop.check()
 
 
-def _salt(sweep: Sweep, cell: Cell, workers: int) -> str:
+def _salt(sweep: Sweep, cell: Cell, seat: Seat) -> str:
     """What tells this session's sampler from earlier ones and from its neighbours'.
 
     Alone on a local database it is the number of trials that were begun: a session is repeatable.
     """
     trials = sweep.study(cell).get_trials(deepcopy=False)
     begun = sum(t.state != TrialState.WAITING for t in trials)
-    alone = workers == 1 and sweep.url.startswith("sqlite")
+    alone = seat.workers == 1 and sweep.is_local
     return str(begun) if alone else f"{begun}/{socket.gethostname()}/{os.getpid()}"
-
-
-def _anyone_running(sweep: Sweep) -> bool:
-    busy = False
-    for cell in sweep.spec.cells:
-        reclaim(sweep, sweep.study(cell))
-        states = {t.state for t in trials_of(sweep.storage, cell.name)}
-        busy |= bool(states & {TrialState.RUNNING, TrialState.WAITING})
-    return busy
-
-
-def _work_cell(
-    sweep: Sweep,
-    study: optuna.Study,
-    cell: Cell,
-    workers: int,
-    room: int,
-    stop: Callable[[], bool],
-) -> bool:
-    """Train trials of the cell to their ends, others in the places of those that are stopped early;
-    False when there was nothing to take."""
-    _check(stop)
-    if not room:
-        if sweep.spec.study.sampler != "grid":
-            return False
-        with _turn(sweep.url):
-            return _extend(sweep, study, cell)
-    chunk = Chunk(study, cell, load_corpus(cell.config().data))
-    taken: list[optuna.Trial] = []
-
-    def in_hand() -> list[optuna.Trial]:
-        return [*chunk.trials, *taken]
-
-    try:
-        with _heartbeat(sweep.backend, in_hand):
-            with _turn(sweep.url):
-                _take(sweep, study, cell, _share(sweep, cell, workers, room), taken, stop)
-            if not taken:  # others were quicker
-                return False
-            while taken or chunk.trials:
-                chunk.begin(taken)
-                taken.clear()
-                chunk.advance(lambda: _check(stop))
-                chunk.settle()
-                if chunk.trials and chunk.free:
-                    with _turn(sweep.url):
-                        count = _share(sweep, cell, workers, chunk.free)
-                        _take(sweep, study, cell, count, taken, stop)
-    except BaseException:
-        running = [t for t in in_hand() if _state(study, t) == TrialState.RUNNING]
-        _give_back(sweep, study, running)
-        raise
-    return True
-
-
-def _room(
-    sweep: Sweep, cell: Cell, workers: int, stop: Callable[[], bool], known: dict[str, int]
-) -> int:
-    """Trials of the cell that train together in this process; 0 when none is left to begin."""
-    left = sweep.to_begin(cell)
-    if left and cell.name not in known:
-        seeds, steps = len(sweep.spec.study.seeds), cell.config().steps
-        work = left * seeds * steps / workers
-        columns = columns_for(cell, work, workers, lambda: _check(stop))
-        known[cell.name] = max(1, columns // seeds)
-    return known[cell.name] if left else 0
-
-
-def _share(sweep: Sweep, cell: Cell, workers: int, room: int) -> int:
-    """How many trials a worker takes of what is left, with room for so many."""
-    return min(room, -(-sweep.to_begin(cell) // workers))
-
-
-def _take(
-    sweep: Sweep,
-    study: optuna.Study,
-    cell: Cell,
-    count: int,
-    trials: list[optuna.Trial],
-    stop: Callable[[], bool] = lambda: False,
-) -> None:
-    """Add up to ``count`` new trials, as long as they are within the budget.
-
-    Each is signed by a heartbeat, then by name: whatever dies in between can be told apart.
-    """
-    for _ in range(count):
-        _check(stop)
-        with quiet():
-            trial = study.ask(cell.search_space.distributions)
-        if _surplus(sweep, cell, trial):
-            study.tell(trial, state=TrialState.FAIL)
-            continue
-        trials.append(trial)
-        _beat(sweep.backend, [trial])
-        trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
-
-
-@contextmanager
-def _turn(url: str) -> Iterator[None]:
-    """Let one worker of this machine take trials at a time.
-
-    SQLite has no row locks, so that two workers could pop the same trial; a server has them, and
-    the journal orders its entries.
-    """
-    if not url.startswith("sqlite:///"):
-        yield
-        return
-    with Path(f"{url.removeprefix('sqlite:///')}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _surplus(sweep: Sweep, cell: Cell, trial: optuna.Trial) -> bool:
-    """Whether the trial is over budget: another worker began the last one between our look and our
-    ask (for a grid: took its last point, so that this one is none of them)."""
-    if sweep.spec.study.sampler == "grid" and "queued" not in trial.user_attrs:
-        return True
-    budget = sweep.spec.study.trials
-    if trial.number < budget:  # then it is within it, and reading all trials can be spared
-        return False
-    return sum(t.number < trial.number for t in trials_of(sweep.storage, cell.name)) >= budget
-
-
-def _extend(sweep: Sweep, study: optuna.Study, cell: Cell) -> bool:
-    """Queue what the grid lacks beside its lowest points; True when there is more to do."""
-    trials = trials_of(sweep.storage, cell.name)
-    if any(t.state not in DONE for t in trials) or len(trials) >= sweep.spec.study.trials:
-        return False
-    key = next(iter(cell.search_space.dimensions))
-    points = {t.params[key]: t.user_attrs["losses"] for t in trials}
-    more = cell.search_space.extension(points)
-    _queue_points(sweep, study, cell, more[: sweep.spec.study.trials - len(trials)])
-    _drop_doubles(sweep, study)
-    return bool(more)
-
-
-def _state(study: optuna.Study, trial: optuna.Trial) -> TrialState:
-    return study.get_trials(deepcopy=False)[trial.number].state
-
-
-def _give_back(sweep: Sweep, study: optuna.Study, trials: Sequence[optuna.Trial]) -> None:
-    for trial in trials:
-        frozen = sweep.backend.get_trial(trial._trial_id)
-        if _give_up(sweep, frozen):
-            queue_again(study, frozen, frozen.user_attrs.get("deaths", 0))
 
 
 @contextmanager
 def _heartbeat(storage: BaseStorage, in_hand: Callable[[], list[optuna.Trial]]) -> Iterator[None]:
     """Signs of life for every trial in hand: Optuna's own cover only Study.optimize."""
-    if not isinstance(storage, RDBStorage):
+    if not isinstance(storage, PatientStorage):
         yield
         return
     interval, done = storage.get_heartbeat_interval(), threading.Event()
@@ -353,28 +194,27 @@ def _heartbeat(storage: BaseStorage, in_hand: Callable[[], list[optuna.Trial]]) 
 
 
 def _beat(storage: BaseStorage, trials: Sequence[optuna.Trial]) -> None:
-    if isinstance(storage, RDBStorage):
+    if isinstance(storage, PatientStorage):
         # A busy database: the next beat is soon enough.
         with suppress(SQLAlchemyError, StorageInternalError):
             for trial in trials:
                 storage.record_heartbeat(trial._trial_id)
 
 
-def _check(stop: Callable[[], bool]) -> None:
-    if stop():
-        raise KeyboardInterrupt
-
-
 def main() -> None:
-    """``python -m mupgpt.tuning.worker NAME URL NUMBER OF``: one of several beside a parent."""
-    name, url, number, workers = sys.argv[1:]
+    """``python -m mupgpt.tuning.worker NAME NUMBER WORKERS SHARING [SAMPLER]``: one of several
+    beside a parent, with which it ends; the storage is named in the environment."""
+    name, *numbers = sys.argv[1:5]
+    sampler = find_sampler(sys.argv[5]) if len(sys.argv) > 5 else None
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     parent = os.getppid()
+    settle_cpu()
     try:
-        sweep = Sweep.open(name, url)
-        work(sweep, int(number), int(workers), stop=lambda: os.getppid() != parent)
+        sweep = replace(Sweep.open(name), sampler=sampler)
+        with stop_flag(lambda: os.getppid() != parent) as stop:
+            Worker(sweep, stop, Seat(*map(int, numbers))).run()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -2,23 +2,53 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["STOPPED", "stop_flag"]
+__all__ = ["STOPPED", "Stop", "stop_flag"]
 
 STOPPED = 130
 """Exit code of a job that was asked to stop and can be continued."""
 
 
-@contextmanager
-def stop_flag() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets; a second signal acts at once.
+class Stop:
+    """Whether a job is to stop; it looks where it loses nothing.
 
-    Outside the main thread, where Python delivers no signals, it is never set.
+    ``when`` is one more reason to stop, beside being asked.
+
+    >>> stop = Stop()
+    >>> stop.check()
+    >>> stop.ask()
+    >>> stop.asked
+    True
     """
-    stop = threading.Event()
+
+    def __init__(self, when: Callable[[], bool] = lambda: False) -> None:
+        self._when, self._asked = when, False
+
+    def ask(self) -> None:
+        """Ask the job to stop; that cannot be taken back."""
+        self._asked = True
+
+    @property
+    def asked(self) -> bool:
+        """Whether it was asked, or ``when()`` holds."""
+        return self._asked or self._when()
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if the job is to stop."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def stop_flag(when: Callable[[], bool] = lambda: False) -> Iterator[Stop]:
+    """A `Stop` that SIGINT and SIGTERM ask, or ``when()``; a second signal acts at once.
+
+    Outside the main thread, where Python delivers no signals, only ``when`` counts.
+    """
+    stop = Stop(when)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -26,7 +56,7 @@ def stop_flag() -> Iterator[threading.Event]:
     before = {number: signal.getsignal(number) for number in signals}
 
     def handle(number: int, _: Any) -> None:
-        stop.set()
+        stop.ask()
         signal.signal(number, before[number])
 
     for number in signals:
