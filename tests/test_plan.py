@@ -12,10 +12,11 @@ from mupgpt.cli import run as cli
 from mupgpt.config.schema import GPTConfig
 from mupgpt.errors import ConfigError
 from mupgpt.evidence.memory_trace import trace_peak
+from mupgpt.evidence.stored_run import six_nd
 from mupgpt.model.gpt import GPT
-from mupgpt.parametrization.layout import count_block_weights, count_params
+from mupgpt.parametrization.layout import count_block_weights, count_kept, count_params
 from mupgpt.parametrization.words import POINTS
-from mupgpt.planning.flops import flops_per_token
+from mupgpt.planning.flops import flops_per_token, run_flops
 from mupgpt.planning.memory import CHECKPOINTING, SCHEMES, moments
 from mupgpt.planning.plan import GIB, Machine, decide_storage, options, plan, state_bytes
 from mupgpt.resolve import get_preset, train_config
@@ -250,6 +251,22 @@ def test_palm_is_the_counted_flops_and_the_embeddings(changes, monkeypatch):
     multiplied = shape.n_layer * count_block_weights(shape) + shape.vocab_size * shape.d_model
     palm, others = flops_per_token(shape), count_params(shape) - multiplied
     assert palm - 6 * others == pytest.approx(counted(shape, monkeypatch), rel=1e-12)
+
+
+def test_a_run_costs_the_same_wherever_it_is_said():
+    """BTLM trains three quarters of its tokens at a quarter of its context."""
+    btlm = train_config({"model": "btlm-3b-8k"})
+    parts = [
+        p.steps * p.tokens_per_step * flops_per_token(btlm.model, "palm", p.seq_len)
+        for p in btlm.course
+    ]
+    assert run_flops(btlm) == pytest.approx(sum(parts), rel=1e-12)
+    assert flops_per_token(btlm.model) * btlm.tokens / run_flops(btlm) == pytest.approx(
+        1.23, abs=5e-3
+    )
+    masked = train_config({"model": {"preset": "proxy-256", "density": 0.25}})
+    assert six_nd(masked) == 6 * count_params(masked.model) * masked.tokens
+    assert run_flops(masked, convention="6N") == 6 * count_kept(masked.model) * masked.tokens
 
 
 def test_the_command_prints_and_traces(capsys):

@@ -68,8 +68,8 @@ def fit(
             folders of `mupgpt train`.
         law: The law's name.
         predict: Where to predict: 1e21, or n_params=1e9 tokens=2e10; for annealing a config file.
-        convention: How FLOPs are counted: 6N, palm, chinchilla, cerebras.
-        begin: For annealing, the step after which the curves count (0: three warm-ups).
+        convention: How FLOPs are counted: 6N, 6N-stored, palm, chinchilla, cerebras.
+    begin: For annealing, the step after which the curves count (0: three warm-ups).
         json: Print machine-readable data.
         picture: Write measured and fitted losses there, as SVG and PNG.
     """

@@ -69,8 +69,8 @@ class StoredRun:
 
 
 def six_nd(config: TrainConfig) -> float:
-    """Training FLOPs of a run, 6·N·D: six for each kept parameter and token."""
-    return run_flops(config, config.steps, "6N")
+    """Training FLOPs of a run, 6·N·D as laws count it: masked weights too."""
+    return run_flops(config, convention="6N-stored")
 
 
 def load_or_train(

@@ -4,13 +4,17 @@ from collections.abc import Callable
 
 from mupgpt.config.schema import GPTConfig, TrainConfig
 from mupgpt.errors import unknown
-from mupgpt.parametrization.layout import count_kept, count_kept_block
+from mupgpt.parametrization.layout import count_kept, count_kept_block, count_params
 
 __all__ = ["CONVENTIONS", "flops_per_token", "run_flops"]
 
 
 def _six_n(m: GPTConfig, _context: int) -> float:
     return 6.0 * count_kept(m)
+
+
+def _six_n_stored(m: GPTConfig, _context: int) -> float:
+    return 6.0 * count_params(m)
 
 
 def _palm(m: GPTConfig, context: int) -> float:
@@ -33,14 +37,17 @@ def _cerebras(m: GPTConfig, context: int) -> float:
 
 CONVENTIONS: dict[str, Callable[[GPTConfig, int], float]] = {
     "6N": _six_n,
+    "6N-stored": _six_n_stored,
     "palm": _palm,
     "chinchilla": _chinchilla,
     "cerebras": _cerebras,
 }
 """Convention → training FLOPs per token of a shape in a context of so many tokens.
 
-``6N``: six per parameter. ``palm``: 6N + 12 L d T (arXiv 2204.02311, appendix B; the default).
-``chinchilla``: arXiv 2203.15556, appendix F. ``cerebras``: reproduces the Cerebras-GPT model card.
+``6N``: six per parameter. ``6N-stored``: those that masks drop counted too, which is the 6·N·D of
+laws in N and D (arXiv 2001.08361), where N is what a checkpoint holds. ``palm``: 6N + 12 L d T
+(arXiv 2204.02311, appendix B; the default). ``chinchilla``: arXiv 2203.15556, appendix F.
+``cerebras``: reproduces the Cerebras-GPT model card.
 """
 
 
@@ -58,8 +65,18 @@ def flops_per_token(model: GPTConfig, convention: str = "palm", context: int = 0
     return CONVENTIONS[convention](model, context or model.seq_len)
 
 
-def run_flops(config: TrainConfig, step: int, convention: str = "palm") -> float:
-    """Training FLOPs of the first ``step`` steps of a run, each phase at its own context."""
+def run_flops(config: TrainConfig, step: int | None = None, convention: str = "palm") -> float:
+    """Training FLOPs of the first ``step`` steps of a run (default: of all).
+
+    Each phase counts at its own context. Every figure of a run's cost comes from here. Raises
+    `ConfigError` for an unknown ``convention``.
+
+    >>> from mupgpt.resolve import train_config
+    >>> quarter = train_config({"model": {"preset": "proxy-256", "density": 0.25}})
+    >>> round(run_flops(quarter, convention="6N-stored") / run_flops(quarter, convention="6N"), 2)
+    3.44
+    """
+    step = config.steps if step is None else step
     total = 0.0
     for phase in config.course:
         done = min(step, phase.steps)
