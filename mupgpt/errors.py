@@ -20,7 +20,7 @@ class ConfigError(ValueError):
     >>> from mupgpt import HParams
     >>> HParams(beta2=1.5)
     Traceback (most recent call last):
-    mupgpt.errors.ConfigError: hparams.beta2 = 1.5: must be in [0, 1)
+    mupgpt.errors.ConfigError: hparams.beta2 = 1.5: must be < 1
     """
 
 

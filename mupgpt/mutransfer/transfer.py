@@ -47,7 +47,7 @@ class TransferPlan:
 
     >>> plan = transfer("cerebras-gpt-40m", to="cerebras-gpt-13b")
     >>> [axis.name for axis in plan.axes]
-    ['width', 'd_head', 'depth', 'batch (sequences)', 'steps', 'tokens/parameter']
+    ['width', 'd_head', 'depth', 'batch', 'steps', 'tokens/parameter']
     """
 
     config: TrainConfig

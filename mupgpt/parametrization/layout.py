@@ -72,20 +72,20 @@ def layout(model: GPTConfig, dims: Base | None = None) -> list[ParamSpec]:
     ...                    n_layer=1))[-4].fan_in  # mlp.down
     682.6
     """
-    dims = dims or Base.of(model)
-    d, vocab, seq = dims.d_model, model.vocab_size, model.seq_len
+    at: GPTConfig | Base = dims or model
+    d, vocab, seq = at.d_model, model.vocab_size, model.seq_len
     specs = [ParamSpec(name="wte.weight", role="input", shape=(vocab, d), fan_out=d)]
     if model.positions == "learned":
         specs.append(ParamSpec(name="wpe.weight", role="input", shape=(seq, d), fan_out=d))
-    for i in range(max(1, int(dims.n_layer))):  # a base has every site, whatever its depth
-        specs += _block(f"blocks.{i}", model, dims)
+    for i in range(max(1, int(at.n_layer))):  # a base has every site, whatever its depth
+        specs += _block(f"blocks.{i}", model, at)
     specs += _norm("ln_f", d, _shifted(model))
     if not model.tied:
         specs.append(ParamSpec(name="head.weight", role="output", shape=(vocab, d), fan_in=d))
     return specs
 
 
-def _block(prefix: str, model: GPTConfig, dims: Base) -> list[ParamSpec]:
+def _block(prefix: str, model: GPTConfig, dims: GPTConfig | Base) -> list[ParamSpec]:
     d, f = dims.d_model, dims.d_ffn
     heads, kv = dims.n_head * dims.d_head, dims.n_kv_head * dims.d_head
     q_start = 0.0 if model.zero_init_q else None
