@@ -89,7 +89,8 @@ def target(width: int) -> Any:
 
 def tuned(width: int, budget: float, seed: int) -> list[dict[str, Any]]:
     """What `tune` finds within a budget."""
-    from mupgpt.tuner import plan_tune, tune
+    from mupgpt.tuner.plan import plan_tune
+    from mupgpt.tuner.search import tune
 
     plan = plan_tune(target(width), budget, name=f"tune-{budget:g}-{seed}", sampler_seed=2 * seed)
     found = tune(plan)

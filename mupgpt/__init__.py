@@ -69,12 +69,8 @@ if TYPE_CHECKING:  # the same names once more, for type checkers; a test compare
     from mupgpt.trainer import Trainer as Trainer
     from mupgpt.training.population import Population as Population
     from mupgpt.training.step import evaluate as evaluate, train_step as train_step
-    from mupgpt.tuner import (
-        TunePlan as TunePlan,
-        Tuning as Tuning,
-        plan_tune as plan_tune,
-        tune as tune,
-    )
+    from mupgpt.tuner.plan import TunePlan as TunePlan, plan_tune as plan_tune
+    from mupgpt.tuner.search import Tuning as Tuning, tune as tune
     from mupgpt.tuning.best import best_hparams as best_hparams
     from mupgpt.tuning.import_runs import import_sweep as import_sweep
     from mupgpt.tuning.run import run_sweep as run_sweep
@@ -115,7 +111,8 @@ _HOME = {
     "trainer": "Trainer",
     "training.population": "Population",
     "training.step": "evaluate train_step",
-    "tuner": "TunePlan Tuning plan_tune tune",
+    "tuner.plan": "TunePlan plan_tune",
+    "tuner.search": "Tuning tune",
     "tuning.best": "best_hparams",
     "tuning.import_runs": "import_sweep",
     "tuning.run": "run_sweep",

@@ -66,9 +66,9 @@ TUNED_BYTES = HParams(
 measured. It is not the best one: the joint sweep goes 5 % lower (sweeps/README.md)."""
 
 
-def _cerebras(
-    label: str, layers: int, width: int, heads: int, batch: int, card: dict[str, Any]
-) -> Preset:
+def _cerebras(label: str, size: tuple[int, int, int], batch: int, card: dict[str, Any]) -> Preset:
+    """A row of the family; ``size`` is its layers, width and heads."""
+    layers, width, heads = size
     model = {
         "n_layer": layers, "d_model": width, "n_head": heads, "vocab_size": 50257, "seq_len": 2048,
     }  # fmt: skip
@@ -157,19 +157,19 @@ def _later(
 
 # The 13B run began at batch 720 and went on at 1080; steps are counted at 720 throughout.
 _ROWS = [
-    _cerebras("111M", 10, 768, 12, 120, _card(
+    _cerebras("111M", (10, 768, 12), 120, _card(
         6e-4, 1e-8, 120, 2.566, ".268 .594 .488 .194 .380 .166 .118 .315")),
-    _cerebras("256M", 14, 1088, 17, 264, _card(
+    _cerebras("256M", (14, 1088, 17), 264, _card(
         6e-4, 1e-8, 264, 2.299, ".274 .613 .511 .293 .410 .170 .158 .347")),
-    _cerebras("590M", 18, 1536, 12, 264, _card(
+    _cerebras("590M", (18, 1536, 12), 264, _card(
         2e-4, 1e-8, 264, 2.184, ".291 .627 .498 .366 .464 .190 .158 .370")),
-    _cerebras("1.3B", 24, 2048, 16, 528, _card(
+    _cerebras("1.3B", (24, 2048, 16), 528, _card(
         2e-4, 1e-8, 528, 1.996, ".325 .664 .521 .462 .508 .224 .166 .410")),
-    _cerebras("2.7B", 32, 2560, 32, 528, _card(
+    _cerebras("2.7B", (32, 2560, 32), 528, _card(
         2e-4, 1e-8, 528, 1.834, ".386 .701 .559 .567 .571 .246 .206 .462")),
-    _cerebras("6.7B", 32, 4096, 32, 1040, _card(
+    _cerebras("6.7B", (32, 4096, 32), 1040, _card(
         1.2e-4, 1e-9, 1040, 1.704, ".447 .739 .602 .636 .643 .282 .238 .512")),
-    _cerebras("13B", 40, 5120, 40, 720, _card(
+    _cerebras("13B", (40, 5120, 40), 720, _card(
         1.2e-4, 1e-9, [720, 1080], 1.575, ".513 .766 .646 .696 .714 .367 .286 .570",
         steps_note="counted at batch 720 throughout")),
 ]  # fmt: skip

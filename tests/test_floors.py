@@ -264,7 +264,7 @@ def test_what_is_public_is_documented():
 
 
 LONG = {"config/schema.py", "presets.py"}  # literals
-SHORT = 410  # lines of a file
+SHORT = 350  # lines of a file
 
 
 def functions(path):
@@ -288,6 +288,6 @@ def test_functions_take_few_parameters():
         for path in modules()
         if room(path) != "cli"
         for f in functions(path)
-        if len([*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]) >= 6
+        if len([a for a in (*f.args.args, *f.args.kwonlyargs) if a.arg not in ("self", "ctx")]) >= 6
     ]
-    assert len(many) <= 24, many
+    assert len(many) <= 10, many

@@ -9,7 +9,8 @@ from mupgpt.cli import run
 from mupgpt.errors import ConfigError
 from mupgpt.parametrization.layout import count_params
 from mupgpt.resolve import train_config
-from mupgpt.tuner import LEAST, plan_tune, tune
+from mupgpt.tuner.plan import LEAST, plan_tune
+from mupgpt.tuner.search import tune
 
 TINY = {
     "model": {"n_layer": 1, "d_model": 32, "d_head": 4, "vocab_size": 257, "seq_len": 8},

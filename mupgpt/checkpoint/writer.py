@@ -49,15 +49,14 @@ def save(
     groups: Groups,
     facts: Mapping[str, Any],
     keep: int,
-    keep_steps: Collection[int] = (),
 ) -> Checkpoint:
     """Write one checkpoint under ``root``; older ones beyond ``keep`` go after it stands.
 
-    ``groups`` maps a file's name to its tensors; ``facts`` is plain data for the manifest. Those of
-    ``keep_steps`` neither go nor count. Every process of the group must call this, with one and the
-    same ``root``; an error on one of them is raised on all, and nothing is left of the attempt.
+    ``groups`` maps a file's name to its tensors; ``facts`` is plain data for the manifest. Every
+    process of the group must call this, with one and the same ``root``; an error on one of them is
+    raised on all, and nothing is left of the attempt.
     """
-    return _Shelf(root, keep, keep_steps).write(step, own_pieces(groups), facts)
+    return _Shelf(root, keep, ()).write(step, own_pieces(groups), facts)
 
 
 class Writer:

@@ -114,7 +114,8 @@ def tune(
         dry_run: Say what would be trained, and what it costs.
         json: Print machine-readable data.
     """
-    from mupgpt.tuner import plan_tune, tune
+    from mupgpt.tuner.plan import plan_tune
+    from mupgpt.tuner.search import tune
 
     one_thread()
     name = f"tune-{Path(to).stem if to not in PRESETS else to}"

@@ -89,28 +89,34 @@ class Draws(NamedTuple):
 def t_bootstrap(
     refit: Callable[[FloatArray], FloatArray],
     fitted: FloatArray,
-    residuals: FloatArray,
-    n_params: int,
-    *,
-    draws: int,
-    seed: int,
+    scale: FloatArray,
+    rng: np.random.Generator,
 ) -> Draws:
-    """Return refits to `fitted` plus normal noise whose own scale is drawn anew each time.
+    """Return refits to `fitted` plus normal noise of standard deviations ``scale``, (draws,).
 
-    With s the residual standard error on ν degrees of freedom, a draw uses s·√(ν/χ²_ν). For a
-    linear model this gives Student's t interval exactly, where resampling five or six points
-    with replacement would give one much too narrow (and often no fit at all).
+    For a linear model and the scales of `t_scales` this gives Student's t interval exactly, where
+    resampling five or six points with replacement would give one much too narrow (and often no fit
+    at all).
     """
-    rng = np.random.default_rng(seed)
+    noise = scale[:, None] * rng.standard_normal((len(scale), len(fitted) + 1))
+    return Draws(np.array([refit(fitted + row[:-1]) for row in noise]), noise[:, -1])
+
+
+def t_scales(
+    residuals: FloatArray, n_params: int, draws: int, rng: np.random.Generator
+) -> FloatArray:
+    """The noise's own scale, drawn anew each time, (draws,).
+
+    With s the residual standard error on ν degrees of freedom, a draw is s·√(ν/χ²_ν). Raises
+    ValueError where no residual is left.
+    """
     dof = len(residuals) - n_params
     if dof < 1:
         raise ValueError(
             f"{len(residuals)} runs for {n_params} parameters: no residual is left to "
             f"make an interval from; give at least {n_params + 1} runs"
         )
-    scale = math.sqrt(float(residuals @ residuals) / dof) * np.sqrt(dof / rng.chisquare(dof, draws))
-    noise = scale[:, None] * rng.standard_normal((draws, len(fitted) + 1))
-    return Draws(np.array([refit(fitted + row[:-1]) for row in noise]), noise[:, -1])
+    return math.sqrt(float(residuals @ residuals) / dof) * np.sqrt(dof / rng.chisquare(dof, draws))
 
 
 class CurveFit(NamedTuple):
@@ -147,7 +153,9 @@ def fit_curve(
     theta = solve(target)
     fitted = model(theta)[0]
     residuals = fitted - target
-    sample = t_bootstrap(solve, fitted, residuals, len(theta), draws=draws, seed=seed)
+    rng = np.random.default_rng(seed)
+    scale = t_scales(residuals, len(theta), draws, rng)
+    sample = t_bootstrap(solve, fitted, scale, rng)
     return CurveFit(theta, residuals, sample)
 
 

@@ -1,49 +1,45 @@
-"""The main job in one call: search on proxies, keep what holds as the width grows, transfer.
+"""What `tune` will train for a budget: the proxy, the two searches, and what is trained again."""
 
-A part of the target's FLOPs is the budget. Two independent searches of the target's own recipe run
-on a narrow proxy; the best of both, and some of the rest, are trained again at twice the width on
-fresh seeds. What wins there goes to the target. How far the two searches differ is how much chance
-decides; how far ranks change with width is the proxy's fidelity.
-"""
-
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-import optuna
-from optuna.trial import FrozenTrial
 
 from mupgpt.config.plain import to_dict
 from mupgpt.config.schema import Base, TrainConfig
-from mupgpt.data.corpus import load_corpus
 from mupgpt.errors import ConfigError, require
-from mupgpt.evidence.fidelity import Fidelity
-from mupgpt.evidence.fidelity_runs import FidelityPlan, run_fidelity
-from mupgpt.mutransfer.transfer import TransferPlan, transfer
-from mupgpt.mutransfer.tuned import Tuned
 from mupgpt.parametrization.layout import count_params
 from mupgpt.planning.flops import run_flops
 from mupgpt.resolve import train_config
-from mupgpt.tuning.run import run_sweep
 from mupgpt.tuning.space import Dimension
 from mupgpt.tuning.spaces import balanced_space
 from mupgpt.tuning.spec import SweepSpec, parse_spec
-from mupgpt.tuning.study import finished
 from mupgpt.util.text import show
 
-__all__ = ["TunePlan", "Tuning", "plan_tune", "tune"]
+__all__ = ["CONFIGS", "RESTARTS", "TunePlan", "plan_tune"]
 
-LEAST, MOST = 40, 240  # trials of both searches together
+
+LEAST = 40  # trials of both searches together, at least
+
+
+MOST = 240  # and at most
+
+
 CONFIGS = 12  # that are trained again
+
+
 FRESH = (1000, 1001)  # seeds of these runs: two where the budget has room for them
+
+
 RESTARTS = ("a", "b")
+
+
 SHORT = 100  # steps below which a run says nothing of a longer one
+
+
 GROUP = 4  # trials that train side by side: the sampler learns after each group
-MOVED = ("rule", "base", "hparams")  # what a transfer brings along
+
+
 SEARCHED = ("model", "base", "rule", "hparams", "schedule", "batch_size", "steps", "phases",
             "grad_clip", "data", "precision")  # fmt: skip
 """What a proxy's run takes over from the target's: all that decides its losses."""
@@ -217,145 +213,3 @@ def _share(run: TrainConfig, target: TrainConfig) -> float:
 def _again(proxy: TrainConfig, wider: int, target: TrainConfig, seeds: int) -> float:
     """What training the chosen again, wider, takes of the target's FLOPs."""
     return CONFIGS * seeds * _share(_at(proxy, wider), target)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """What a call of `tune` found; it is what `tune` returns.
-
-    >>> plan = plan_tune("proxy-256", budget=4.0)
-    >>> tuned = Tuned(config=plan.proxy, study="mine", trial=7, loss=2.3, spread=0.01,
-    ...               swept_loss=2.29, edges={}, corpus={})
-    >>> found = Tuning(plan=plan, tuned=tuned, fidelity=None, chance=0.001)
-    >>> found.transfer_to().config.model.d_model
-    256
-    """
-
-    plan: TunePlan
-    tuned: Tuned
-    fidelity: Fidelity
-    chance: float
-    """Relative difference of the two searches' own winners at the largest width: what another
-    search of the same budget might have cost or gained."""
-
-    def transfer_to(self, accept: Iterable[str] = ()) -> TransferPlan:
-        """The target's config with the values found, and how it came about (as `transfer`)."""
-        target = {k: v for k, v in to_dict(self.plan.target).items() if k not in MOVED}
-        return transfer(self.tuned, target, accept)
-
-    @property
-    def warnings(self) -> list[str]:
-        """What a reader must not overlook."""
-        notes = list(self.fidelity.warnings)
-        if self.chance > 0.01:
-            notes.append(
-                f"the two searches differ by {100 * self.chance:.1f} % at width "
-                f"{self.plan.wider}: they have not converged; a larger budget would help"
-            )
-        return notes
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "target": to_dict(self.plan.target),
-            "proxy": to_dict(self.plan.proxy),
-            "wider": self.plan.wider,
-            "trials": len(RESTARTS) * self.plan.trials,
-            "spent": self.plan.share,
-            "chance": self.chance,
-            "warnings": self.warnings,
-            "tuned": to_dict(self.tuned),
-            "fidelity": self.fidelity.to_dict(),
-        }
-
-    def __str__(self) -> str:
-        spent = f"spent {100 * self.plan.share:.3g} % of the target's FLOPs; "
-        lines = [
-            str(self.tuned),
-            "",
-            str(self.fidelity).split("\nwarning")[0],
-            f"{spent}the two searches' winners differ by {100 * self.chance:.2f} % at width "
-            f"{self.plan.wider}",
-        ]
-        return "\n".join(lines + [f"warning: {note}" for note in self.warnings])
-
-
-def tune(
-    to: str | Mapping[str, Any] | TrainConfig | TunePlan,
-    budget: float = 0.1,
-    *,
-    workers: int | None = None,
-    storage: str | None = None,
-) -> Tuning:
-    """Tune a target on narrow models of its own recipe; returns what was found, and how surely.
-
-    ``to`` is a preset's name, plain config data, a config, or what `plan_tune` made of them;
-    ``budget`` is a share of the target's training FLOPs. Everything that finished is kept under
-    ``runs/``: the same call goes on after an interrupt, and on any number of workers.
-
-    >>> plan = plan_tune("proxy-256", budget=2.0)
-    >>> plan.proxy.model.d_model, plan.wider, 2 * plan.trials, plan.share <= 2.0
-    (32, 64, 40, True)
-    """
-    plan = to if isinstance(to, TunePlan) else plan_tune(to, budget)
-    studies = [run_sweep(spec, workers=workers, storage=storage) for spec in plan.specs]
-    tops = [finished(study) for study in studies if isinstance(study, optuna.Study)]
-    taken = _taken(tops)
-    cell = plan.specs[0].cells[0]
-    again = FidelityPlan(
-        cell=cell,
-        target=plan.target,
-        params=tuple(t.params for _, t in taken),
-        swept=tuple(t.value or math.nan for _, t in taken),
-        widths=(plan.proxy.model.d_model, plan.wider),
-        seeds=plan.seeds,
-    )
-    found = run_fidelity(again, Path("runs") / "fidelity" / plan.name, proxy_again=False)
-    at_end = found.means[-1]
-    winner = int(at_end.argmin())
-    own = [min(m for (k, _), m in zip(taken, at_end, strict=True) if k == i) for i in range(2)]
-    search, trial = taken[winner]
-    return Tuning(
-        plan=plan,
-        tuned=_tuned(plan, search, trial, found.losses[-1, winner]),
-        fidelity=found,
-        chance=abs(own[0] - own[1]) / min(own),
-    )
-
-
-def _taken(tops: list[list[FrozenTrial]]) -> list[tuple[int, FrozenTrial]]:
-    """Which trials are trained again: (search, trial), the best of all first.
-
-    Two thirds of them are the best of both searches, the rest are spread evenly over what is left:
-    what is third or tenth at the proxy is often the best above it.
-    """
-    each = CONFIGS // 3
-    best = [(i, t) for i, top in enumerate(tops) for t in top[:each]]
-    left = _by_loss((i, t) for i, top in enumerate(tops) for t in top[each:])
-    rest = CONFIGS - len(best)
-    if len(left) < rest:
-        raise ConfigError(
-            f"the searches have {sum(map(len, tops))} finished trials that did not diverge, and "
-            f"{CONFIGS} are to be trained again; lower the learning rates of the space"
-        )
-    spread = [left[round(j)] for j in np.linspace(0, len(left) - 1, rest)]
-    return _by_loss([*best, *spread])
-
-
-def _by_loss(trials: Iterable[tuple[int, FrozenTrial]]) -> list[tuple[int, FrozenTrial]]:
-    return sorted(trials, key=lambda pair: pair[1].value or math.inf)
-
-
-def _tuned(plan: TunePlan, search: int, trial: FrozenTrial, losses: np.ndarray) -> Tuned:
-    spec = plan.specs[search]
-    config = spec.cells[0].config(trial.params)
-    return Tuned(
-        config=config,
-        study=spec.name,
-        trial=trial.number,
-        loss=float(losses.mean()),
-        spread=float(losses.std(ddof=1)) if len(losses) > 1 else 0.0,
-        swept_loss=trial.value or math.nan,
-        edges={k: e for k, d in plan.space.items() if (e := d.at_edge(trial.params[k]))},
-        corpus=load_corpus(config.data).fingerprint,
-    )
