@@ -101,8 +101,8 @@ def tune(
 ) -> None:
     """Tune a target within a share of its FLOPs: search proxies, keep what holds wider, transfer.
 
-    Two searches run on a narrow model of the target's own recipe, and their best are trained again
-    at twice the width. The same command goes on after an interrupt.
+    A search runs on a narrow model of the target's own recipe, and its best are trained again at a
+    larger width. The same command goes on after an interrupt.
 
     Args:
         to: The target: a preset's name or a config file.

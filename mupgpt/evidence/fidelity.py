@@ -16,7 +16,7 @@ from scipy import stats
 
 from mupgpt.errors import require
 from mupgpt.tuning.curves import half_width
-from mupgpt.util.text import align, show
+from mupgpt.util.text import align, several, show
 
 __all__ = ["RANKS", "REGRET", "Agreement", "Fidelity", "judge_fidelity", "rank_correlation"]
 
@@ -218,8 +218,8 @@ class Fidelity:
         gain, half = self.winner_gain
         known = f" ± {100 * half:.2f}" if math.isfinite(half) else ""
         lines += [
-            f"{self.study}: {self.verdict}, {c} configurations, {seeds} fresh seeds; ranks to "
-            f"expect at width {show(self.target)}: {self.expected:.2f}",
+            f"{self.study}: {self.verdict}, {c} configurations, {several(seeds, 'fresh seed')}; "
+            f"ranks to expect at width {show(self.target)}: {self.expected:.2f}",
             f"the winner gains {100 * gain:.2f}{known} % of its loss per doubling of the width, "
             f"the best third {100 * self.usual_gain:.2f} %",
         ]

@@ -27,6 +27,7 @@ from mupgpt.tuning.spec import Cell, parse_spec
 from mupgpt.tuning.study import finished, penalized
 from mupgpt.util.progress import Progress
 from mupgpt.util.stopping import stop_flag
+from mupgpt.util.text import several
 
 __all__ = ["FidelityPlan", "plan_fidelity", "run_fidelity"]
 
@@ -65,7 +66,8 @@ class FidelityPlan:
     def __str__(self) -> str:
         runs = len(self.params) * len(self.seeds)
         return (
-            f"{self.cell.name}: {len(self.params)} configurations on {len(self.seeds)} seeds at "
+            f"{self.cell.name}: {len(self.params)} configurations on "
+            f"{several(len(self.seeds), 'seed')} at "
             f"widths {', '.join(map(str, self.widths))}: {runs * len(self.widths)} runs, "
             f"{100 * self.share:.3g} % of the target's FLOPs"
         )

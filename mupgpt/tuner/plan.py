@@ -1,4 +1,4 @@
-"""What `tune` will train for a budget: the proxy, the two searches, and what is trained again."""
+"""What `tune` will train for a budget: the proxy, the searches, and what is trained again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,36 +14,20 @@ from mupgpt.resolve import train_config
 from mupgpt.tuning.space import Dimension
 from mupgpt.tuning.spaces import balanced_space
 from mupgpt.tuning.spec import SweepSpec, parse_spec
-from mupgpt.util.text import show
+from mupgpt.util.text import several, show
 
-__all__ = ["CONFIGS", "RESTARTS", "TunePlan", "plan_tune"]
-
-
-LEAST = 40  # trials of both searches together, at least
+__all__ = ["CONFIGS", "LEAST", "TunePlan", "plan_tune"]
 
 
-MOST = 240  # and at most
-
-
-CONFIGS = 12  # that are trained again
-
-
+LEAST, MOST = 48, 240  # trials of all searches together
+TWICE = 120  # trials from which there are two searches: with fewer a sampler learns too little
+CONFIGS = 8  # that are trained again
 FRESH = (1000, 1001)  # seeds of these runs: two where the budget has room for them
-
-
-RESTARTS = ("a", "b")
-
-
 SHORT = 100  # steps below which a run says nothing of a longer one
-
-
 GROUP = 4  # trials that train side by side: the sampler learns after each group
-
-
 SEARCHED = ("model", "base", "rule", "hparams", "schedule", "batch_size", "steps", "phases",
             "grad_clip", "data", "precision")  # fmt: skip
 """What a proxy's run takes over from the target's: all that decides its losses."""
-
 
 Seeds = tuple[int, ...]
 
@@ -64,8 +48,10 @@ class TunePlan:
     """What the searches vary."""
     wider: int
     """The width at which their best are trained again."""
+    searches: int
+    """Alike but for their sampler's seed: one, or two where there are trials enough."""
     trials: int
-    """Of each of the two searches."""
+    """Of each search."""
     seeds: Seeds
     """Fresh ones, for what is trained again."""
     space: Mapping[str, Dimension]
@@ -75,26 +61,26 @@ class TunePlan:
     @property
     def share(self) -> float:
         """Of the target's FLOPs that all runs together take."""
-        search = len(RESTARTS) * self.trials * _share(self.proxy, self.target)
+        search = self.searches * self.trials * _share(self.proxy, self.target)
         return search + _again(self.proxy, self.wider, self.target, len(self.seeds))
 
     @cached_property
     def specs(self) -> tuple[SweepSpec, ...]:
-        """The two searches: alike but for the seed of their sampler."""
+        """The searches: alike but for the seed of their sampler."""
         train = {k: v for k, v in to_dict(self.proxy).items() if k in SEARCHED}
         space = {key: to_dict(d) for key, d in self.space.items()}
         study = {"sampler": "gp", "trials": self.trials, "members": GROUP}
         return tuple(
             parse_spec(
                 {
-                    "name": f"{self.name}-{label}",
+                    "name": f"{self.name}-{i + 1}",
                     "study": {**study, "sampler_seed": self.sampler_seed + i},
                     "train": train,
                     "space": space,
                 },
                 self.name,
             )
-            for i, label in enumerate(RESTARTS)
+            for i in range(self.searches)
         )
 
     def __str__(self) -> str:
@@ -102,9 +88,9 @@ class TunePlan:
         short = self.target.steps / self.proxy.steps
         cut = f" of {show(self.proxy.steps)} steps (1/{short:.3g})" if short > 1 else ""
         return (
-            f"{self.name}: {len(RESTARTS)} searches of {self.trials} trials at width {show(width)}"
-            f"{cut}, then {CONFIGS} configurations at width {show(self.wider)} "
-            f"({len(self.seeds)} fresh seeds), for a target of width "
+            f"{self.name}: {several(self.searches, 'search', 'es')} of {self.trials} trials at "
+            f"width {show(width)}{cut}, then {CONFIGS} configurations at width {show(self.wider)} "
+            f"({several(len(self.seeds), 'fresh seed')}), for a target of width "
             f"{show(self.target.model.d_model)}: {100 * self.share:.3g} % of its FLOPs"
         )
 
@@ -120,10 +106,11 @@ def plan_tune(
     """What `tune` will do for the target ``to`` within ``budget``, a share of its training FLOPs.
 
     A proxy is the target at a smaller width: depth, context, batch and text are its own. It is the
-    widest one for which the budget pays for two searches of 20 trials, and for training 12 of them
-    again at twice its width. Where no width is narrow enough for that, proxies also get fewer
-    steps, down to as many tokens per parameter as the target's: an axis that is no rule's, and that
-    the transfer then names. Raises ConfigError where the budget does not pay for that either.
+    widest one for which the budget pays for a search of 48 trials, and for training 8 of them again
+    at the next width; from 120 trials on there are two independent searches. Where no width is
+    narrow enough for that, proxies also get fewer steps, down to as many tokens per parameter as
+    the target's: an axis that is no rule's, and that the transfer then names. Raises ConfigError
+    where the budget does not pay for that either.
 
     >>> plan = plan_tune("proxy-256", budget=4.0)
     >>> plan.proxy.model.d_model < plan.wider < plan.target.model.d_model
@@ -132,6 +119,7 @@ def plan_tune(
     require(budget > 0, "budget", budget, "be > 0 (a share of the target's training FLOPs)")
     target = to if isinstance(to, TrainConfig) else train_config(_raw(to))
     proxy, wider, trials, seeds = _affordable(target, budget)
+    searches = 2 if trials >= TWICE else 1
     if target.base == Base.of(target.model):  # nobody said where its values hold: at the proxy
         base = Base.of(proxy.model)
         target, proxy = replace(target, base=base), replace(proxy, base=base)
@@ -140,7 +128,8 @@ def plan_tune(
         target=target,
         proxy=proxy,
         wider=wider,
-        trials=trials // len(RESTARTS),
+        searches=searches,
+        trials=trials // searches,
         seeds=seeds,
         space=space or balanced_space(target.base),
         sampler_seed=sampler_seed,
@@ -148,7 +137,7 @@ def plan_tune(
 
 
 def _affordable(target: TrainConfig, budget: float) -> tuple[TrainConfig, int, int, Seeds]:
-    """The best proxy for the budget, the width above it, trials of both searches, fresh seeds."""
+    """The best proxy for the budget, the width above it, trials of all searches, fresh seeds."""
     widths = _narrower(target)
     short = (_shorter(target, w) for w in widths)
     proxies = [*(_at(target, w) for w in widths), *(run for run in short if run.steps >= SHORT)]

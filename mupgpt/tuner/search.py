@@ -1,9 +1,9 @@
 """The main job in one call: search on proxies, keep what holds as the width grows, transfer.
 
-A part of the target's FLOPs is the budget. Two independent searches of the target's own recipe run
-on a narrow proxy; the best of both, and some of the rest, are trained again at twice the width on
-fresh seeds. What wins there goes to the target. How far the two searches differ is how much chance
-decides; how far ranks change with width is the proxy's fidelity.
+A part of the target's FLOPs is the budget. A search of the target's own recipe runs on a narrow
+proxy (two, where there are trials enough: how far they differ is how much chance decides); the best, and
+some of the rest, are trained again at a larger width on fresh seeds. What wins there goes to the
+target. How far ranks change with width is the proxy's fidelity.
 """
 
 import math
@@ -24,13 +24,14 @@ from mupgpt.evidence.fidelity import Fidelity
 from mupgpt.evidence.fidelity_runs import FidelityPlan, run_fidelity
 from mupgpt.mutransfer.transfer import TransferPlan, transfer
 from mupgpt.mutransfer.tuned import Tuned
-from mupgpt.tuner.plan import CONFIGS, RESTARTS, TunePlan, plan_tune
+from mupgpt.tuner.plan import CONFIGS, TunePlan, plan_tune
 from mupgpt.tuning.run import run_sweep
 from mupgpt.tuning.study import finished
 
 __all__ = ["Tuning", "tune"]
 
 
+CONVERGED = 0.01  # relative difference of two searches up to which they agree
 MOVED = ("rule", "base", "hparams")  # what a transfer brings along
 
 
@@ -49,9 +50,9 @@ class Tuning:
     plan: TunePlan
     tuned: Tuned
     fidelity: Fidelity
-    chance: float
-    """Relative difference of the two searches' own winners at the largest width: what another
-    search of the same budget might have cost or gained."""
+    chance: float | None
+    """Relative difference of two searches' own winners at the largest width: what another search of
+    the same budget might have cost or gained. None: there was one search."""
 
     def transfer_to(self, accept: Iterable[str] = ()) -> TransferPlan:
         """The target's config with the values found, and how it came about (as `transfer`)."""
@@ -62,7 +63,11 @@ class Tuning:
     def warnings(self) -> list[str]:
         """What a reader must not overlook."""
         notes = list(self.fidelity.warnings)
-        if self.chance > 0.01:
+        if self.chance is None:
+            notes.append(
+                "one search: how much of it is chance is not known; a larger budget has two"
+            )
+        elif self.chance > CONVERGED:
             notes.append(
                 f"the two searches differ by {100 * self.chance:.1f} % at width "
                 f"{self.plan.wider}: they have not converged; a larger budget would help"
@@ -75,7 +80,7 @@ class Tuning:
             "target": to_dict(self.plan.target),
             "proxy": to_dict(self.plan.proxy),
             "wider": self.plan.wider,
-            "trials": len(RESTARTS) * self.plan.trials,
+            "trials": self.plan.searches * self.plan.trials,
             "spent": self.plan.share,
             "chance": self.chance,
             "warnings": self.warnings,
@@ -84,14 +89,13 @@ class Tuning:
         }
 
     def __str__(self) -> str:
-        spent = f"spent {100 * self.plan.share:.3g} % of the target's FLOPs; "
-        lines = [
-            str(self.tuned),
-            "",
-            str(self.fidelity).split("\nwarning")[0],
-            f"{spent}the two searches' winners differ by {100 * self.chance:.2f} % at width "
-            f"{self.plan.wider}",
-        ]
+        spent = f"spent {100 * self.plan.share:.3g} % of the target's FLOPs"
+        if self.chance is not None:
+            spent += (
+                f"; the two searches' winners differ by {100 * self.chance:.2f} % at width "
+                f"{self.plan.wider}"
+            )
+        lines = [str(self.tuned), "", str(self.fidelity).split("\nwarning")[0], spent]
         return "\n".join(lines + [f"warning: {note}" for note in self.warnings])
 
 
@@ -109,8 +113,8 @@ def tune(
     ``runs/``: the same call goes on after an interrupt, and on any number of workers.
 
     >>> plan = plan_tune("proxy-256", budget=2.0)
-    >>> plan.proxy.model.d_model, plan.wider, 2 * plan.trials, plan.share <= 2.0
-    (32, 64, 40, True)
+    >>> plan.proxy.model.d_model, plan.wider, plan.searches * plan.trials, plan.share <= 2.0
+    (32, 64, 50, True)
     """
     plan = to if isinstance(to, TunePlan) else plan_tune(to, budget)
     studies = [run_sweep(spec, workers=workers, storage=storage) for spec in plan.specs]
@@ -128,23 +132,22 @@ def tune(
     found = run_fidelity(again, Path("runs") / "fidelity" / plan.name, proxy_again=False)
     at_end = found.means[-1]
     winner = int(at_end.argmin())
-    own = [min(m for (k, _), m in zip(taken, at_end, strict=True) if k == i) for i in range(2)]
     search, trial = taken[winner]
     return Tuning(
         plan=plan,
         tuned=_tuned(plan, search, trial, found.losses[-1, winner]),
         fidelity=found,
-        chance=abs(own[0] - own[1]) / min(own),
+        chance=_chance(taken, at_end) if plan.searches > 1 else None,
     )
 
 
 def _taken(tops: list[list[FrozenTrial]]) -> list[tuple[int, FrozenTrial]]:
     """Which trials are trained again: (search, trial), the best of all first.
 
-    Two thirds of them are the best of both searches, the rest are spread evenly over what is left:
-    what is third or tenth at the proxy is often the best above it.
+    Three quarters are the best of each search, the rest are spread evenly over what is left: what
+    is third or tenth at the proxy is often the best above it.
     """
-    each = CONFIGS // 3
+    each = 3 * CONFIGS // 4 // len(tops)
     best = [(i, t) for i, top in enumerate(tops) for t in top[:each]]
     left = _by_loss((i, t) for i, top in enumerate(tops) for t in top[each:])
     rest = CONFIGS - len(best)
@@ -153,8 +156,16 @@ def _taken(tops: list[list[FrozenTrial]]) -> list[tuple[int, FrozenTrial]]:
             f"the searches have {sum(map(len, tops))} finished trials that did not diverge, and "
             f"{CONFIGS} are to be trained again; lower the learning rates of the space"
         )
-    spread = [left[round(j)] for j in np.linspace(0, len(left) - 1, rest)]
+    spread = [left[round(j)] for j in np.linspace(0, len(left) // 2, rest)]
     return _by_loss([*best, *spread])
+
+
+def _chance(taken: list[tuple[int, FrozenTrial]], losses: np.ndarray) -> float:
+    """How far the searches' own best differ, relative to the better one."""
+    own = [
+        min(loss for (k, _), loss in zip(taken, losses, strict=True) if k == i) for i in range(2)
+    ]
+    return abs(own[0] - own[1]) / min(own)
 
 
 def _by_loss(trials: Iterable[tuple[int, FrozenTrial]]) -> list[tuple[int, FrozenTrial]]:

@@ -59,3 +59,12 @@ def show(value: Any) -> str:
         return f"{value:.4g}"
     plain = isinstance(value, str | bool)
     return str(value) if plain else f"{value:,}"
+
+
+def several(count: int, what: str, ending: str = "s") -> str:
+    """A count with its noun.
+
+    >>> several(1, "seed"), several(2, "search", "es")
+    ('1 seed', '2 searches')
+    """
+    return f"{count} {what}{'' if count == 1 else ending}"
