@@ -143,7 +143,8 @@ class Fidelity:
         A least-squares fit of the difference of ranks (largest width − sweep) on the logarithms of
         the values. Positive: high values rank worse at the larger size than the sweep said.
         """
-        keys = list(self.params[0])
+        values = {key: {p[key] for p in self.params} for key in self.params[0]}
+        keys = [key for key, some in values.items() if len(some) > 1 and min(some) > 0]
         x = np.log([[p[k] for k in keys] for p in self.params])
         moved = stats.rankdata(self.means[-1]) - stats.rankdata(self.swept)
         design = np.column_stack([np.ones(len(x)), (x - x.mean(0)) / x.std(0)])
@@ -152,7 +153,7 @@ class Fidelity:
             return {}
         fit, *_ = np.linalg.lstsq(design, moved, rcond=None)
         noise = np.sum((moved - design @ fit) ** 2) / free
-        errors = np.sqrt(np.diag(noise * np.linalg.inv(design.T @ design)))
+        errors = np.sqrt(np.diag(noise * np.linalg.pinv(design.T @ design)))
         t = dict(zip(keys, (fit / np.maximum(errors, 1e-12))[1:].tolist(), strict=True))
         return {k: v for k, v in sorted(t.items(), key=lambda kv: -abs(kv[1])) if abs(v) >= CLEAR}
 

@@ -1,9 +1,9 @@
 """The main job in one call: search on proxies, keep what holds as the width grows, transfer.
 
 A part of the target's FLOPs is the budget. A search of the target's own recipe runs on a narrow
-proxy (two, where there are trials enough: how far they differ is how much chance decides); the best, and
-some of the rest, are trained again at a larger width on fresh seeds. What wins there goes to the
-target. How far ranks change with width is the proxy's fidelity.
+proxy (two, where there are trials enough: how far they differ is how much chance decides); the
+best, and some of the rest, are trained again at a larger width on fresh seeds. What wins there goes
+to the target. How far ranks change with width is the proxy's fidelity.
 """
 
 import math
@@ -114,7 +114,7 @@ def tune(
 
     >>> plan = plan_tune("proxy-256", budget=2.0)
     >>> plan.proxy.model.d_model, plan.wider, plan.searches * plan.trials, plan.share <= 2.0
-    (32, 64, 50, True)
+    (32, 64, 53, True)
     """
     plan = to if isinstance(to, TunePlan) else plan_tune(to, budget)
     studies = [run_sweep(spec, workers=workers, storage=storage) for spec in plan.specs]

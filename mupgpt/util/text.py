@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["align", "label", "number", "show"]
+__all__ = ["align", "label", "number", "several", "show"]
 
 
 def align(
