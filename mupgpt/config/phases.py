@@ -39,7 +39,7 @@ def longest(phases: Sequence[PhaseConfig]) -> int:
 
 
 def phase_at(phases: Sequence[PhaseConfig], step: int) -> PhaseConfig:
-    """The phase of step ``step`` (0-based); behind the end, the last one."""
+    """The phase of step ``step`` (0-based); after the end, the last one."""
     for phase in phases:
         if step < phase.steps:
             return phase

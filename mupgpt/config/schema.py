@@ -483,7 +483,7 @@ class TrainConfig:
         return self.phases or (whole,)
 
     def phase_at(self, step: int) -> PhaseConfig:
-        """The phase of step ``step`` (0-based); behind the end, the last one."""
+        """The phase of step ``step`` (0-based); after the end, the last one."""
         return phase_at(self.course, step)
 
     def tokens_at(self, step: int) -> int:

@@ -17,7 +17,7 @@ its own and the one that its rule makes of it here:
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ import numpy as np
 from mupgpt.config.fields import differing
 from mupgpt.config.plain import load_toml
 from mupgpt.config.schedules import lr_factor
-from mupgpt.config.schema import GPTConfig, TrainConfig
+from mupgpt.config.schema import TrainConfig
 from mupgpt.errors import ConfigError
+from mupgpt.parametrization.axes import AXES
 from mupgpt.parametrization.rules import get_rule
 from mupgpt.parametrization.table import ParamTable, parametrize
 from mupgpt.resolve import train_config
@@ -56,11 +57,8 @@ TABLE, CLOCK, NOISE = ("rule", "base", "hparams"), ("schedule", "steps", "phases
 APART = (*WIDTHS, *TABLE, *CLOCK, *NOISE, "precision")
 """What a proxy may have otherwise: the alarms expect it of a width, compare its table, end where
 its learning rates leave ours, and allow more than seeds or rounding change."""
-AXES: dict[str, Callable[[GPTConfig], float]] = {
-    "width": lambda m: m.d_model,
-    "ffn ratio": lambda m: m.d_ffn / m.d_model,
-    "d_head": lambda m: m.d_head,
-}
+GROWN = ("width", "ffn ratio", "d_head")
+"""Axes over which a proxy may differ, where its rule covers them."""
 LIKELY = {
     "weight_rms": "their initial std, learning rate or weight decay is not the proxies' widened",
     "update_ratio": "their learning rate or initial std is not the proxies' widened",
@@ -137,11 +135,12 @@ def _comparable(folder: Path, theirs: TrainConfig, ours: TrainConfig) -> None:
             f"tracking.watch = {str(folder)!r}: {name} is {there!r} there and {here!r} here; "
             "steps compare between runs that differ in width alone"
         )
-    for axis, size in AXES.items():
-        if size(theirs.model) != size(ours.model) and axis not in get_rule(theirs.rule).covers:
+    for axis in GROWN:
+        there, here = (AXES[axis].value(config) for config in (theirs, ours))
+        if there != here and axis not in get_rule(theirs.rule).covers:
             raise ConfigError(
                 f"tracking.watch = {str(folder)!r}: its rule {theirs.rule} promises nothing over "
-                f"{axis}, {size(theirs.model):g} there and {size(ours.model):g} here"
+                f"{axis}, {there:g} there and {here:g} here"
             )
 
 
