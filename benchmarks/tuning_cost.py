@@ -22,11 +22,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from measure import machine, write
+from measure import goal, machine, write
 
 FRESH = (2000, 2001)
 UNTUNED = {"lr": 3e-3, "init_std": 0.1, "emb_mult": 1.0, "output_mult": 1.0, "weight_decay": 0.0,
            "lr_mult_input": 1.0, "lr_mult_hidden": 1.0}  # fmt: skip
+MEDIAN, WORST = 0.01, 0.02  # relative loss above the best that was found by anyone here
 KEPT = Path("runs") / "tuning_cost"
 
 
@@ -56,8 +57,15 @@ def main() -> None:
         print(f"{s['how']:>8} at {s['cost']:5.2f} target runs: {s['loss']:.4f} nats, "
               f"regret {s['regret']:.2%}, worst {s['worst']:.2%} of {s['count']}")  # fmt: skip
     os.chdir(Path(__file__).parent.parent)
+    of_tune = [s for s in summary if s["how"] == "tune"]
+    goals = [
+        goal(f"{which} regret of tune at {s['cost']} target runs", s[key], most=most)
+        for s in of_tune
+        for which, key, most in (("median", "regret", MEDIAN), ("worst", "worst", WORST))
+    ]
     write(f"tuning_cost_{width}", {
         "machine": machine(), "width": width, "best": best, "summary": summary, "rows": rows,
+        "goals": goals,
     })  # fmt: skip
 
 
