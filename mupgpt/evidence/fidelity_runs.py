@@ -23,8 +23,8 @@ from mupgpt.planning.flops import run_flops
 from mupgpt.training.population import Population
 from mupgpt.tuning.best import FRESH_SEED
 from mupgpt.tuning.group_size import usual
-from mupgpt.tuning.spec import Cell, parse_spec
-from mupgpt.tuning.study import finished, penalized
+from mupgpt.tuning.spec import Cell
+from mupgpt.tuning.study import cell_of, finished, penalized
 from mupgpt.util.progress import Progress
 from mupgpt.util.stopping import stop_flag
 from mupgpt.util.text import several
@@ -103,7 +103,7 @@ def plan_fidelity(
     """
     require(share > 0, "share", share, "be > 0")
     require(seeds >= 1, "seeds", seeds, "be >= 1")
-    cell = _cell_of(study)
+    cell = cell_of(study)
     trials = _stratified(finished(study), configs)
     own = cell.config().model
     target = transfer(cell.config(trials[0].params), to, accept=AXES).config
@@ -140,14 +140,6 @@ def _doubled(width: int, target: int) -> list[int]:
     """
     count = math.ceil(math.log2(max(target, width) / width)) if target > width else 0
     return [*(width * 2**i for i in range(1, count)), target][: count or None] if count else []
-
-
-def _cell_of(study: optuna.Study) -> Cell:
-    attrs = study.user_attrs
-    if "spec" not in attrs:
-        raise ConfigError(f"study {study.study_name!r} was not made by mupgpt: it carries no spec")
-    spec = parse_spec(attrs["spec"], study.study_name, stored=True)
-    return Cell(spec, attrs["structure"], attrs.get("only", ""))
 
 
 def _stratified(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:

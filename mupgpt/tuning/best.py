@@ -17,9 +17,9 @@ from mupgpt.mutransfer.tuned import Tuned, Uncertainty
 from mupgpt.training.population import Population
 from mupgpt.tuning.curves import half_width
 from mupgpt.tuning.group_size import usual
-from mupgpt.tuning.spec import Cell, parse_spec
+from mupgpt.tuning.spec import Cell
 from mupgpt.tuning.storage import quiet
-from mupgpt.tuning.study import Sweep, finished, penalized
+from mupgpt.tuning.study import Sweep, cell_of, finished, penalized
 from mupgpt.util.progress import Progress
 
 __all__ = ["FRESH_SEED", "best_hparams", "importances"]
@@ -47,11 +47,8 @@ def best_hparams(study: optuna.Study | str, top: int = 3, seeds: int = 3) -> Tun
     study = _only_study(study) if isinstance(study, str) else study
     require(top >= 1, "top", top, "be >= 1")
     require(seeds >= 0, "seeds", seeds, "be >= 0 (0: the sweep's own losses stand)")
-    attrs = study.user_attrs
-    if "spec" not in attrs:
-        raise ConfigError(f"study {study.study_name!r} was not made by mupgpt: it carries no spec")
-    spec = parse_spec(attrs["spec"], study.study_name, stored=True)
-    cell = Cell(spec, attrs["structure"], attrs.get("only", ""))
+    cell = cell_of(study)
+    spec, attrs = cell.spec, study.user_attrs
     candidates = [t for t in finished(study) if "copied_from" not in t.user_attrs][:top]
     if not candidates:
         raise ConfigError(f"study {cell.name!r} has no finished trial that did not diverge")

@@ -18,7 +18,7 @@ from mupgpt.tuning.spec import Cell, SweepSpec, differences, parse_spec
 from mupgpt.tuning.storage import close_storage, open_storage, quiet, study_attrs
 from mupgpt.tuning.urls import default_url, given_url, journal_file, shown, sqlite_file
 
-__all__ = ["DONE", "Sweep", "earlier_sweep", "finished", "penalized", "trials_of"]
+__all__ = ["DONE", "Sweep", "cell_of", "earlier_sweep", "finished", "penalized", "trials_of"]
 
 
 RUNS = Path("runs")
@@ -189,3 +189,12 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     healthy = [t for t in trials if not t.user_attrs.get("diverged")]
     return sorted(healthy, key=lambda t: t.value if t.value is not None else math.inf)
+
+
+def cell_of(study: optuna.Study) -> Cell:
+    """The cell whose study this is; ConfigError for a study that mupgpt did not make."""
+    attrs = study.user_attrs
+    if "spec" not in attrs:
+        raise ConfigError(f"study {study.study_name!r} was not made by mupgpt: it carries no spec")
+    spec = parse_spec(attrs["spec"], study.study_name, stored=True)
+    return Cell(spec, attrs["structure"], attrs.get("only", ""))
